@@ -298,14 +298,29 @@ def overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
         changes["preview_prompts"] = ()  # use captions of the data: the prompts describe other things
     if options.compressor_init is not None:
         changes["stage_b"] = dataclasses.replace(recipe.stage_b, compressor_init=options.compressor_init)
-    given = {text.partition("=")[0].replace("_", "-") for text in options.overrides}
+    recipe = dataclasses.replace(recipe, **changes)
+    return _of_adapter(recipe, options.overrides) if recipe.trains("lora") else recipe
+
+
+def _of_adapter(recipe: "Recipe", overrides: list[str]) -> "Recipe":
+    """The recipe of an adapter with its length as ``overrides`` set it, and intervals that fit. Refuses
+    options that have no effect."""
+    from wuerstchen.recipes.lora import with_batches
+
+    given = {text.partition("=")[0].replace("_", "-") for text in overrides if text.startswith("--")}
+    for option in sorted(given - {"--stage-b.compressor-init"}):
+        stage = option.partition(".")[0]
+        if stage in ("--stage-a", "--stage-b", "--stage-c", "--stage-few", "--stage-few-b"):
+            raise UserError(
+                f"{option} has no effect on an adapter. Leave it out, or use one of --stage-lora."
+            )
     if "--stage-lora.optimization.images" in given:
         if "--stage-lora.updates" in given:
             raise UserError(
                 "--updates and --optimization.images both set the length of the training. Use one of them."
             )
-        changes["stage_lora"] = dataclasses.replace(recipe.stage_lora, updates=None)
-    return dataclasses.replace(recipe, **changes)
+        recipe = dataclasses.replace(recipe, stage_lora=dataclasses.replace(recipe.stage_lora, updates=None))
+    return with_batches(recipe, {option.rpartition(".")[2].lstrip("-").replace("-", "_") for option in given})
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from wuerstchen.errors import UserError
 from wuerstchen.models.decoder import DecoderConfig
 from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.train.config import Recipe
+from wuerstchen.train.stage_table import trained_kinds
 
 UNIT = 64
 """Scaled widths are rounded to a multiple of this, or of the channels per attention head. Small widths are
@@ -25,7 +26,13 @@ def scaled(recipe: Recipe, width: float = 1.0, depth: float = 1.0) -> Recipe:
             raise UserError(f"--{name} must be above 0 and at most 1, got {factor}. 1 is the full size.")
     if width == depth == 1:
         return recipe
-    for stage in recipe.stages:
+    for kind in trained_kinds(recipe):
+        stage = kind.short
+        if kind.result:
+            raise UserError(
+                f"--width and --depth are for networks of a model, and {recipe.name} trains an adapter. "
+                "Leave them out. --rank sets its size."
+            )
         if recipe.start_from and stage not in recipe.fresh:
             raise UserError(
                 f"--width and --depth cannot change Stage {stage.upper()}, which starts from the weights of "

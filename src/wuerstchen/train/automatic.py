@@ -5,7 +5,13 @@ import dataclasses
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.train.config import Recipe, with_time_densities
-from wuerstchen.train.config_lora import FEWEST_IMAGES, cached_crops, with_length
+from wuerstchen.train.config_lora import (
+    FEWEST_IMAGES,
+    cached_crops,
+    check_result,
+    check_training,
+    with_length,
+)
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.precision import gpu_precision
 from wuerstchen.train.run_data import open_training_images
@@ -54,7 +60,12 @@ def resolved(recipe: Recipe, processes: Processes) -> Recipe:
 
 
 def _fitted_to_images(recipe: Recipe) -> Recipe:
-    """The recipe of an adapter with the length and the image cache that fit the number of images."""
+    """The recipe of an adapter with the length and the image cache that fit the number of images.
+
+    Raises ``UserError`` for settings that have no effect on an adapter.
+    """
+    check_result(recipe.storage, recipe.max_shard_size)
+    check_training(recipe.stage_lora, recipe.fresh)
     source = open_training_images(recipe)
     is_prepared = isinstance(source, PreparedSet)
     count = len(source.rows("train")) if is_prepared else len(source)

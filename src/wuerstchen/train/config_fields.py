@@ -37,12 +37,14 @@ _ADDED = {
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
     """The fields in which two resolved recipes differ, with both values if they are short.
 
-    Leaves out ``FREE_FIELDS``, and the settings of Stage A, students and adapters if they are not trained.
+    Leaves out ``FREE_FIELDS``, and the settings of Stage A, students and adapters if they are not trained,
+    and those of Stage C if an adapter for it is trained.
     """
     names = []
     optional = {"stage_a": "a", "stage_few": "few", "stage_few_b": "few_b", "stage_lora": "lora"}
     for key in sorted(stored.keys() | given.keys()):
         left_out = key in optional and optional[key] not in given.get("stages", optional.values())
+        left_out |= key == "stage_c" and given.get("stages") == ["lora"]  # which reads none of it
         if not prefix and (key in FREE_FIELDS or left_out):
             continue
         a, b = stored.get(key, _ADDED.get(f"{prefix}{key}")), given.get(key)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -111,6 +112,30 @@ class StageLoraConfig:
         """The prompt for images of the class."""
         word = self.class_word.strip()
         return f"a {word}" if word and " " not in word else word
+
+
+def check_result(storage: str, max_shard_size: str) -> None:
+    """Raises ``UserError`` for a form of stored weights that files of adapters do not have."""
+    if storage == "int8":
+        raise UserError("storage must be float32 or float16 for an adapter, got int8. Use float16.")
+    if max_shard_size:
+        raise UserError(
+            f"max_shard_size is for models, got {max_shard_size} for an adapter, which is one file. Leave it "
+            "out."
+        )
+
+
+def check_training(config: StageLoraConfig, fresh: Collection[str]) -> None:
+    """Raises ``UserError`` for settings that have no effect on an adapter."""
+    if fresh:
+        raise UserError(
+            f"fresh={' '.join(fresh)} is for networks of a model. An adapter always starts anew. Leave "
+            "it out."
+        )
+    if config.optimization.optimizer == "muon":
+        raise UserError(
+            "optimizer=muon is for matrices of whole networks, and an adapter has none. Use optimizer=adamw."
+        )
 
 
 def cached_crops(config: StageLoraConfig, images: int) -> int:

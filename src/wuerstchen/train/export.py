@@ -17,6 +17,7 @@ from wuerstchen.checkpoints.native import Provenance, Storage
 from wuerstchen.errors import RunFolderError, UserError, UserNotice
 from wuerstchen.train.changes import RunPhase, current_recipe, ending_at, images_seen, run_phases
 from wuerstchen.train.config import Phase, Recipe
+from wuerstchen.train.config_lora import check_result
 from wuerstchen.train.engine.checkpoint import best_of, newest, read_averages, read_verified
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.initial_weights import InitialWeights, read_start
@@ -24,6 +25,7 @@ from wuerstchen.train.recorded_recipe import recipe_of
 from wuerstchen.train.report.events import Log
 from wuerstchen.train.run import TrainingRun
 from wuerstchen.train.run_folder import read_json, read_run
+from wuerstchen.train.stage_table import result_of
 from wuerstchen.train.stages.base import N, Stage
 
 Weights = Literal["average", "raw"]
@@ -68,6 +70,8 @@ def export(
         storage=storage or recipe.storage,
         max_shard_size=max_shard_size or recipe.max_shard_size,
     )
+    if result_of(recipe):
+        check_result(recipe.storage, recipe.max_shard_size)
     chosen = {phase.name: path}
     for earlier in run_phases(recipe)[:-1]:
         found = newest(run_dir / f"stage_{earlier.name}" / "checkpoints")

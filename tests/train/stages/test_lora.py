@@ -34,7 +34,8 @@ from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.pipeline import load
 from wuerstchen.recipes import RECIPES
-from wuerstchen.train.config import Optimization, StageLoraConfig
+from wuerstchen.recipes.scale import scaled
+from wuerstchen.train.config import Optimization, Recipe, StageLoraConfig
 from wuerstchen.train.config_lora import cached_crops, with_length
 from wuerstchen.train.engine import checkpoint_writer
 from wuerstchen.train.engine.checkpoint import best_of, newest
@@ -712,18 +713,80 @@ def test_nan_ends_the_run_at_its_last_checkpoint(lora_runs, model_folder, photos
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
+def of_options(*words: str) -> Recipe:
+    """The recipe ``lora`` with the options of a command line."""
+    options = make_parser().parse_known_args(["train", "lora"])[0]
+    options.overrides = [*words]
+    return overridden(RECIPES["lora"](), options)
+
+
 def test_a_length_in_images_is_used():
     """Bug: the length was chosen from the number of images all the same, without a word."""
 
-    def length_of(*words: str):
-        options = make_parser().parse_known_args(["train", "lora"])[0]
-        options.overrides = [*words]
-        return overridden(RECIPES["lora"](), options).stage_lora
-
     images = "--stage-lora.optimization.images"
-    config = length_of(images, "40")
+    config = of_options(images, "40").stage_lora
     assert (config.updates, with_length(config, 1000).optimization.images) == (None, 40)
-    assert length_of(f"{images}=40").updates is None
-    assert length_of().updates == 0
+    assert of_options(f"{images}=40").stage_lora.updates is None
+    assert of_options().stage_lora.updates == 0
     with pytest.raises(UserError, match="both set the length"):
-        length_of(images, "40", "--stage-lora.updates", "9")
+        of_options(images, "40", "--stage-lora.updates", "9")
+
+
+def test_intervals_follow_the_batch_size_and_the_length():
+    """Bug: a run of 10 updates ended at half of its learning rate."""
+    optimization, own = "--stage-lora.optimization", of_options()
+    assert own == RECIPES["lora"]()
+
+    def found(*words: str) -> tuple[int, int, int]:
+        recipe = of_options(*words)
+        return recipe.stage_lora.optimization.warmup, recipe.validate_every, recipe.preview_every
+
+    assert found(f"{optimization}.batch-size", "1") == (20, 25, 100)
+    assert found("--stage-lora.updates", "10") == (8, 200, 800)
+    assert found(f"{optimization}.images=800") == (80, 200, 800)
+    assert found("--stage-lora.updates=5") == (0, 200, 800)
+    given = (f"{optimization}.warmup=7", "--validate-every=8", "--preview-every", "9")
+    assert found(*given, "--stage-lora.updates", "10") == (7, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"storage": "int8"}, r"storage must be float32 or float16 for an adapter, got int8\."),
+        ({"max_shard_size": "2MB"}, r"max_shard_size is for models, got 2MB"),
+        ({"fresh": ("lora",)}, r"fresh=lora is for networks of a model"),
+        (
+            {"optimization": Optimization(images=8, batch_size=4, optimizer="muon")},
+            r"optimizer=muon is for matrices of whole networks",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, message, lora_runs, model_folder, photos, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(lora_runs.recipe(model_folder, photos, **settings), tmp_path, device="cpu")
+
+
+def test_options_without_effect_are_refused():
+    for option in ("--stage-c.text-noise=0.3", "--stage-c.optimization.images=8", "--stage-b.image-size=256"):
+        with pytest.raises(UserError, match=f"{option.partition('=')[0]} has no effect on an adapter"):
+            of_options(option)
+    assert of_options("--stage-b.compressor-init=x").stage_b.compressor_init == "x"
+    with pytest.raises(UserError, match=r"trains an adapter\. Leave them out\. --rank sets its size"):
+        scaled(RECIPES["lora"](), 0.5)
+
+
+def test_the_storage_is_that_of_the_file(lora_runs, model_folder, photos, tmp_path):
+    """Settings of Stage C, which an adapter does not read, may differ when a run goes on."""
+    recipe = lora_runs.recipe(model_folder, photos, storage="float16", updates=1)
+
+    def dtypes(folder: Path) -> set[torch.dtype]:
+        (file,) = folder.iterdir()
+        return {tensor.dtype for tensor in load_file(file).values()}
+
+    assert dtypes(train(recipe, tmp_path / "run", device="cpu")) == {torch.float16}
+    export(tmp_path / "run", tmp_path / "full", storage="float32")
+    assert dtypes(tmp_path / "full") == {torch.float32}
+    with pytest.raises(UserError, match="storage must be float32 or float16"):
+        export(tmp_path / "run", tmp_path / "int8", storage="int8")
+    other = dataclasses.replace(recipe.stage_c, text_noise=0.3)
+    train(dataclasses.replace(recipe, stage_c=other), tmp_path / "run", device="cpu")

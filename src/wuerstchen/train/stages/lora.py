@@ -218,7 +218,8 @@ def _write(run: Run, folder: Path) -> None:
     )
     words = {} if weights.word is None else {config.token: weights.word.detach()}
     adapter = Adapter(prior=weights.tensors(config.rank * config.scale), tokens=words)
-    write_adapter(folder / file_name(config.form), adapter, metadata, form=config.form)
+    dtype = getattr(torch, recipe.storage)
+    write_adapter(folder / file_name(config.form), adapter, metadata, form=config.form, dtype=dtype)
 
 
 def _check(run: Run) -> None:
