@@ -124,7 +124,8 @@ def test_a_set_smaller_than_a_batch_is_refused_with_options_that_fit():
         refuse_small(full, "mine", 119, whole=False)
     assert str(caught.value) == (
         "mine has 119 images, fewer than a batch of 512. The images of a batch must differ. Use "
-        "--stage-b.optimization.batch-size 64 --stage-c.optimization.batch-size 64, or more images."
+        "--stage-b.optimization.batch-size 64 --stage-c.optimization.batch-size 64, or more images, or fit "
+        "everything with --fit-images 119."
     )
     refuse_small(full, "mine", 512, whole=False)
     refuse_small(full, "another", 1, whole=False)

@@ -13,6 +13,7 @@ from wuerstchen.train.config_lora import (
     with_length,
 )
 from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.fit_images import fitted
 from wuerstchen.train.precision import gpu_precision
 from wuerstchen.train.run_data import open_training_images
 from wuerstchen.train.stage_table import trained_kinds
@@ -56,6 +57,9 @@ def resolved(recipe: Recipe, processes: Processes) -> Recipe:
         )
     if recipe.trains("lora"):
         recipe = _fitted_to_images(recipe)
+    recipe, changed = fitted(recipe)
+    if changed and processes.is_main:
+        print(f"Fitted to {recipe.fit_images:,} images: {', '.join(changed)}")
     return with_time_densities(recipe)
 
 

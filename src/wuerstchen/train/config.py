@@ -182,6 +182,10 @@ class Recipe:
     """Size of the image cache: images that are composed once at the start and kept on the device, together
     with the outputs of the frozen networks, for training on them. 0 disables the cache. An image of
     256 pixels takes 0.2 MB, or 0.26 MB with the latents for Stage B."""
+    fit_images: int = 0
+    """Number of images that batch sizes, lengths and the image cache are reduced to fit, for a data set of
+    fewer images than the recipe was made for. 0 changes nothing. The run says what it changed
+    (``fit_images.py``)."""
     mirrored: float = 0.0
     """Fraction of the training images that are mirrored from left to right. Their captions end with
     ", mirrored", so the model learns from them without mirroring what it draws."""
@@ -216,7 +220,15 @@ class Recipe:
         self._select_phases()
         object.__setattr__(self, "precision", _SHORT_PRECISIONS.get(self.precision, self.precision))
         positive = ("statistics_images", "prior_steps", "decoder_steps", "log_every")
-        others = ("seed", "workers", "preview_every", "validate_every", "keep_every", "prepared_images")
+        others = (
+            "seed",
+            "workers",
+            "preview_every",
+            "validate_every",
+            "keep_every",
+            "prepared_images",
+            "fit_images",
+        )
         for name, least in (*((n, 1) for n in positive), *((n, 0) for n in others)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}.")

@@ -231,9 +231,10 @@ def _epochs(
         line += f", from a cache of {_number(kept, 'image')} composed at the start"
     lines.append(line)
     if times > MANY_EPOCHS and not composed:
+        fit = "" if result_of(recipe) else f". --fit-images {length} fits the whole recipe"
         warnings.append(
             f"Stage {stage} would see each of the {length:,} images of {reading.data} {_shown(times)} times. "
-            f"The model would memorise them. Give more images, or fewer with {reading.images_option}"
+            f"The model would memorise them. Give more images, or fewer with {reading.images_option}{fit}"
         )
 
 
@@ -291,9 +292,10 @@ def refuse_small(recipe: Recipe, data: str, length: int, whole: bool) -> None:
         if whole and reading.images % fits:
             options[reading.images_option] = max(reading.images // fits, 1) * fits
     largest = max(reading.batch_size for reading in few)
+    fit = "" if result_of(recipe) else f", or fit everything with --fit-images {length}"
     raise UserError(
         f"{data} has {length} images, fewer than a batch of {largest}. The images of a batch must differ. "
-        f"Use {' '.join(f'{name} {value}' for name, value in options.items())}, or more images."
+        f"Use {' '.join(f'{name} {value}' for name, value in options.items())}, or more images{fit}."
     )
 
 
