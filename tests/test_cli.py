@@ -502,11 +502,39 @@ def test_a_morph_is_an_animation_or_frames(run, tmp_path, model_folder):
     with Image.open("m.gif") as image:
         assert (image.format, image.n_frames) == ("GIF", 2)
         assert b'"end_seed": 4' in image.info["comment"]
+        assert image.info["duration"] == 130
+    assert out.strip() == "m.gif"
     Image.new("RGB", (140, 128), "red").save("My photo.png")
     code, out, _ = run("morph", "My photo.png", "a cat", "--frames", "3", "--format", "frames", *small)
     assert code == 0
     assert out.split() == [f"my-photo-to-a-cat-0-{n:03d}.png" for n in range(3)]
     assert read_settings(out.split()[1])["frame"] == 1
+
+
+def test_a_morph_stores_what_repeats_it_and_no_folders(run, tmp_path, model_folder):
+    """Bug: strength, size, fps and sampling were missing, and images had their whole paths."""
+    small = ("--prior-steps", "2", "--decoder-steps", "1", "--model", model_folder)
+    (tmp_path / "private").mkdir()
+    Image.new("RGB", (140, 128), "red").save("private/photo.png")
+    code, out, err = run(
+        *("morph", "private/photo.png", "a cat", "--frames", "2", "--format", "frames"),
+        *("--strength", "0.4", "--size", "128x64", "--fps", "12", *small),
+    )
+    assert code == 0, err
+    found = read_settings(out.split()[0])
+    assert "private" not in str(found)
+    expected = {"start": "photo.png", "end": "a cat", "frames": 2, "fps": 12.0, "size": "128x64"}
+    expected |= {"strength": 0.4, "prior_steps": 2, "decoder_steps": 1, "prior_sampler": "dpm"}
+    assert found | expected == found
+    # Bug: an empty prompt at the end was stored as the start.
+    code, out, err = run("morph", "a cat", "", "--frames", "2", "--format", "frames", *small)
+    assert code == 0, err
+    found = read_settings(out.split()[0])
+    assert (found["start"], found["end"], "strength" in found) == ("a cat", "", False)
+    assert "the prompt is empty" in err
+    code, _, err = run("morph", "a cat", "qqqq", "--frames", "2", *small)
+    assert code == 0
+    assert "no word of the prompt is in the vocabulary" in err
 
 
 def test_bad_morphs_are_one_line(run, tmp_path, model_folder):
@@ -515,7 +543,10 @@ def test_bad_morphs_are_one_line(run, tmp_path, model_folder):
     for arguments, message in (
         (["a cat"], "the same prompt with the same seed"),
         (["a cat", "a dog", "--frames", "1"], "frames must be an integer from 2"),
-        (["a cat", "a dog", "--fps", "0"], "fps must be from 0.1 to 100"),
+        (["a cat", "a dog", "--fps", "0"], "fps must be from 0.1 to 100, got 0"),
+        (["a cat", "a dog", "--fps", "60", "--format", "gif"], "fps must be from 0.1 to 50, got 60"),
+        (["catt.png", "a dog"], "start is not a file: 'catt.png'"),
+        (["a cat", "photos/dog.JPG"], "end is not a file: 'photos/dog.JPG'"),
         (["a cat", "a dog", "--out", "x.mp4"], "out must be a folder, a .webp or a .gif file"),
         (["a cat", "a dog", "--out", "x.gif", "--format", "webp"], "format webp does not fit x.gif"),
         (["photo.webp", "a dog", "--out", "photo.webp"], "out is the input image"),

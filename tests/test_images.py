@@ -15,8 +15,8 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from wuerstchen import images
-from wuerstchen.errors import DataError, UserError
-from wuerstchen.image_files import read_settings, save_new_png, save_png
+from wuerstchen.errors import DataError, UserError, UserNotice
+from wuerstchen.image_files import read_settings, save_animation, save_new_png, save_png
 from wuerstchen.images import center_crop_resize, grid, open_image, resize_crop, to_images, to_rgb, to_tensor
 
 
@@ -224,6 +224,30 @@ def test_refuses_cut_off_files_in_one_line(tmp_path: Path, options: dict, part: 
     with pytest.raises(DataError, match=r"^image '.*a' cannot be used: it is .*\. ") as caught:
         open_image(tmp_path / "a")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif"])
+def test_equal_images_of_an_animation_are_said_to_be_joined(tmp_path: Path, suffix: str) -> None:
+    """Bug: files with fewer images than were reported, without a word."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "red", "blue", "red")]
+    path = tmp_path / f"morph.{suffix}"
+    with pytest.warns(UserNotice, match=rf"1 of 4 images are equal to the one before\. morph\.{suffix}"):
+        save_animation(frames, path, {}, seconds_per_frame=0.1)
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+        image.load()
+        assert image.info["duration"] == 200
+
+
+@pytest.mark.parametrize(
+    ("fps", "milliseconds"), [(100, 20), (60, 20), (50, 20), (40, 30), (25, 40), (8, 130), (0.5, 2000)]
+)
+def test_times_of_a_gif_are_steps_that_browsers_play(tmp_path: Path, fps: float, milliseconds: int) -> None:
+    """Bug: 100 images per second were stored as 10 ms, which browsers play as 100 ms."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    save_animation(frames, tmp_path / "morph.gif", {}, seconds_per_frame=1 / fps)
+    with Image.open(tmp_path / "morph.gif") as image:
+        assert image.info["duration"] == milliseconds
 
 
 @pytest.mark.parametrize("side", [10_001, 12_000, 30_000])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import secrets
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.images import bad_image, check_file, pillow_errors
 from wuerstchen.png_text import open_any
 
@@ -85,19 +88,31 @@ def save_animation(
 ) -> None:
     """Writes generated images as an endless animation: WebP or GIF, by the suffix of ``path``.
 
-    A WebP is lossless and is marked as generated in its XMP. A GIF has the settings in its comment, and at
-    most 256 colours. The file is written atomically and replaces an existing one. Raises ``UserError``.
+    A WebP is lossless and is marked as generated in its XMP. A GIF has the settings in its comment, at most
+    256 colours, and times in steps of 10 ms from 20 ms. Prints a ``UserNotice`` if neighboring images are
+    equal, because both formats store them as one that stays longer. The file is written atomically and
+    replaces an existing one. Raises ``UserError``.
     """
     suffix = path.suffix.lower()
     if suffix not in ANIMATIONS:
         raise UserError(f"path {str(path)!r} must end in {' or '.join(ANIMATIONS)}.")
+    equal = sum(one.tobytes() == other.tobytes() for one, other in itertools.pairwise(frames))
+    if equal:
+        warnings.warn(
+            f"{equal} of {len(frames)} images are equal to the one before. {path.name} stores them as one "
+            "image that stays longer",
+            UserNotice,
+            stacklevel=2,
+        )
     text = json.dumps(dict(settings), allow_nan=False)
+    duration = round(1000 * seconds_per_frame)
     if suffix == ".webp":
         exif = Image.Exif()
         exif[ExifTags.Base.ImageDescription] = text
         options: dict[str, Any] = {"lossless": True, "xmp": _XMP.encode(), "exif": exif.tobytes()}
     else:
         options = {"comment": text.encode(), "disposal": 2}
+        duration = max(20, 10 * math.floor(100 * seconds_per_frame + 0.5))
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -106,7 +121,7 @@ def save_animation(
                 suffix[1:].upper(),
                 save_all=True,
                 append_images=list(frames[1:]),
-                duration=round(1000 * seconds_per_frame),
+                duration=duration,
                 loop=0,
                 **options,
             )

@@ -109,12 +109,12 @@ def _generate(options: argparse.Namespace) -> int:
     if options.detail_seed is not None:
         check_seed(options.detail_seed, total, "detail-seed")
     if options.init is not None:
-        _note_photographs(options)
+        note_photographs(options.model)
     _warn_of_missing_quotes(options.prompts, options.count)
     model = loaded(options)
     for path, scale in adapters:
         _note_trigger_words(path, model.load_lora(path, scale).trigger_words, options.prompts)
-    _warn_of_unknown_words(model, _plain(options), options.init is not None)
+    warn_of_unknown_words(model, _plain(options), options.init is not None)
 
     settings = {"model": options.model or "bundled", "negative": options.negative}
     settings |= settings_of_edit(options)
@@ -210,7 +210,7 @@ def _warn_of_missing_quotes(prompts: list[str], count: int) -> None:
         )
 
 
-def _warn_of_unknown_words(model: "Wuerstchen", prompts: list[str], has_init: bool) -> None:
+def warn_of_unknown_words(model: "Wuerstchen", prompts: list[str], has_init: bool) -> None:
     """Warns of prompts without a known word, and of empty ones."""
     encoder = model.cascade.text_encoder
     for text in dict.fromkeys(prompts) if encoder is not None else ():
@@ -240,11 +240,11 @@ def _plain(options: argparse.Namespace) -> list[str]:
     return [str(parsed(prompt)) for prompt in options.prompts]
 
 
-def _note_photographs(options: argparse.Namespace) -> None:
+def note_photographs(model: str | None) -> None:
     """Prints what to expect of photographs if the model is the bundled one."""
     from wuerstchen.checkpoints.hub import PHOTO_NOTE, is_bundled
 
-    if is_bundled(options.model):
+    if is_bundled(model):
         print(f"Note: {PHOTO_NOTE}", file=sys.stderr)
 
 
@@ -265,7 +265,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
     check_out(options.out, options.image)
     image = open_image(options.image)
     sampling = sampling_of(options)
-    _note_photographs(options)
+    note_photographs(options.model)
 
     model = loaded(options)
     with progress_bar() as progress:

@@ -6,7 +6,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wuerstchen.cli.generate import progress_bar, save_image, size_of, slug
+from wuerstchen.cli.generate import (
+    note_photographs,
+    progress_bar,
+    save_image,
+    size_of,
+    slug,
+    warn_of_unknown_words,
+)
 from wuerstchen.cli.options import (
     Parser,
     add_generation_options,
@@ -19,7 +26,13 @@ from wuerstchen.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from wuerstchen.pipeline import Wuerstchen
+    from wuerstchen.sampling import Sampling
+
 FORMATS = ("webp", "gif", "frames")
+MAX_FPS, MAX_GIF_FPS = 100, 50
+"""Browsers play a GIF with less than 20 ms per image at 10 images per second."""
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 def add_morph(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -31,7 +44,9 @@ def add_morph(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     morph.add_argument("--frames", type=int, default=16, help="number of images (default: 16)")
     morph.add_argument("--end-seed", type=int, help="seed of the last image (default: the first one's)")
-    morph.add_argument("--fps", type=float, default=8.0, help="images per second (default: 8)")
+    morph.add_argument(
+        "--fps", type=float, default=8.0, help="images per second, up to 100, or 50 in a GIF (default: 8)"
+    )
     morph.add_argument(
         "--format",
         choices=FORMATS,
@@ -52,13 +67,25 @@ def add_morph(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _morph(options: argparse.Namespace) -> int:
+    from wuerstchen.morphs import calm_sampling
+
     started = time.monotonic()
-    ends = [_end(options.start), _end(options.start if options.end is None else options.end)]
+    if options.end is None:
+        options.end = options.start
+    ends = [_end("start", options.start), _end("end", options.end)]
     path = _path(options, ends)
-    if not 0.1 <= options.fps <= 100:
-        raise UserError(f"fps must be from 0.1 to 100, got {options.fps}. 8 is the default.")
-    sampling = sampling_of(options)
+    most = MAX_GIF_FPS if path is not None and path.suffix.lower() == ".gif" else MAX_FPS
+    if not 0.1 <= options.fps <= most:
+        raise UserError(
+            f"fps must be from 0.1 to {most}, got {options.fps:g}. 8 is the default. Faster than 50, "
+            "browsers slow a GIF down."
+        )
+    prompts = [end for end in ends if isinstance(end, str)]
+    if len(prompts) < 2:
+        note_photographs(options.model)
     model = loaded(options)
+    warn_of_unknown_words(model, prompts, False)
+    sampling = calm_sampling(model.cascade, sampling_of(options))
     with progress_bar() as progress:
         frames = model.morph(
             ends[0],
@@ -72,24 +99,48 @@ def _morph(options: argparse.Namespace) -> int:
             sampling=sampling,
             progress=progress,
         )
-    settings: dict[str, Any] = {"start": options.start, "end": options.end or options.start}
-    settings |= {"frames": len(frames), "seed": options.seed, "negative": options.negative}
-    if options.end_seed is not None:
-        settings["end_seed"] = options.end_seed
-    settings["model"] = options.model or "bundled"
-    _write(frames, path, settings, options)
+    _write(frames, path, _settings(model, sampling, ends, frames, options), options)
     print(f"{len(frames)} images in {time.monotonic() - started:.1f} s", file=sys.stderr)
     return 0
 
 
-def _end(text: str) -> "str | Image":
-    """The image if ``text`` is the path of a file, else the prompt."""
+def _settings(
+    model: "Wuerstchen",
+    sampling: "Sampling",
+    ends: "list[Any]",
+    frames: "list[Image]",
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """What is stored about the morph. Images are named without their folders."""
+    are_prompts = [isinstance(end, str) for end in ends]
+    start, end = (
+        text if is_prompt else Path(text).name
+        for text, is_prompt in zip((options.start, options.end), are_prompts, strict=True)
+    )
+    settings: dict[str, Any] = {"start": start, "end": end, "frames": len(frames), "fps": options.fps}
+    settings |= {"seed": options.seed, "negative": options.negative, "model": options.model or "bundled"}
+    settings["size"] = f"{frames[0].width}x{frames[0].height}"
+    if options.end_seed is not None:
+        settings["end_seed"] = options.end_seed
+    if not all(are_prompts):
+        settings["strength"] = options.strength
+    return settings | model.settings_of(sampling, negative=options.negative, edits=True)
+
+
+def _end(name: str, text: str) -> "str | Image":
+    """The image if ``text`` is the path of a file, else the prompt. Raises ``UserError`` for the path of an
+    image that does not exist."""
     from wuerstchen.images import open_image
 
     try:
         is_file = Path(text).is_file()
     except (OSError, ValueError):  # too long for a path
         is_file = False
+    if not is_file and text.lower().endswith(_IMAGES):
+        raise UserError(
+            f"{name} is not a file: {text!r}. A text with the ending of an image must be its path. Check the "
+            "path."
+        )
     return open_image(text) if is_file else text
 
 
@@ -106,7 +157,7 @@ def _path(options: argparse.Namespace, ends: "list[Any]") -> Path | None:
             )
         if options.out.is_dir():
             raise UserError(f"{options.out} is a folder. Give a file in it, or another folder.")
-        for text, end in zip((options.start, options.end or options.start), ends, strict=True):
+        for text, end in zip((options.start, options.end), ends, strict=True):
             if not isinstance(end, str) and options.out.exists() and options.out.samefile(text):
                 raise UserError(
                     f"out is the input image: {options.out}. It would be overwritten. Give --out another "
@@ -131,7 +182,8 @@ def _path(options: argparse.Namespace, ends: "list[Any]") -> Path | None:
 
 
 def _name(options: argparse.Namespace) -> str:
-    names = [Path(text).stem if Path(text).suffix else text for text in (options.start, options.end) if text]
+    texts = dict.fromkeys((options.start, options.end))
+    names = [Path(text).stem if Path(text).suffix else text for text in texts if text]
     return "-to-".join(slug(name)[:60] for name in names) + f"-{options.seed}"
 
 
