@@ -104,6 +104,9 @@ class StageOnly:
     def source(self, phase: object) -> object:
         return SimpleNamespace()
 
+    def measured_once(self, folder: str, measure: object, known: dict[str, Any]) -> dict[str, Any]:
+        return known
+
     def settings_of_model(self, image_size: int | None = None) -> Any:
         return self.start.settings
 

@@ -309,6 +309,20 @@ def test_eight_processes_continue_the_checkpoint_of_one_and_the_other_way_round(
     assert measured_on(tmp_path, 1, batch=8) == rows  # nothing is measured twice
 
 
+def test_the_stages_whose_memory_is_measured_are_those_of_runs(benchmarks):
+    """A stage that asks more of a run than the script's one gives would be found out on a rented GPU."""
+    import finetune_memory
+
+    cpu = torch.device("cpu")
+    cascade = finetune_memory.make_cascade(cpu, tiny=True)
+    for kind, trained in (("full", "prior"), ("lora", "adapter"), ("lora int8", "adapter")):
+        row = finetune_memory.Row(kind, "normal", 2, False, 24)
+        recipe = finetune_memory.recipe_of(row, cascade, cpu, 10)
+        stage = finetune_memory.stage_of(recipe, copy.deepcopy(cascade), cpu)
+        assert [*stage.networks] == [trained]
+        assert stage.optimization.batch_size == 2
+
+
 @pytest.mark.slow
 def test_the_memory_of_fine_tuning_is_measured_for_every_choice():
     command = [sys.executable, str(BENCHMARKS / "finetune_memory.py"), "--tiny", "--updates", "1"]
