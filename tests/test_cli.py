@@ -464,6 +464,7 @@ def test_a_mask_is_repainted_and_the_rest_is_the_image(run, tmp_path):
     for given in (("photo.png", "mask.png"), ("photo.png", "cut.png"), ("cut.png", "cut.png")):
         code, out, err = run("generate", "a cat", "--init", given[0], "--mask", given[1], "--feather", "4")
         assert code == 0, err
+        assert ("init is transparent" in err) == (given[0] == "cut.png")
         drawn.append(Image.open(out.strip()))
         assert drawn[-1].size == init.size
         assert drawn[-1].crop((0, 0, 96, 100)).tobytes() == init.crop((0, 0, 96, 100)).tobytes()

@@ -14,7 +14,7 @@ from wuerstchen.diffusion.known_cells import Known, predict_around
 from wuerstchen.diffusion.samplers import ddpm, draw_noise
 from wuerstchen.diffusion.schedule import stage_c_timesteps
 from wuerstchen.edit_options import EditOptions
-from wuerstchen.edits import canvas_of, filled, make_edits
+from wuerstchen.edits import canvas_of, checked_inits, filled, make_edits
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.image_files import save_png
 from wuerstchen.images import open_image, pad_to_canvas, resize_crop, to_tensor
@@ -381,6 +381,22 @@ def test_a_region_of_a_very_large_image_can_be_edited():
     assert max(edit.size) <= 1024
     with pytest.raises(UserError, match=r"init is too large: it has 3000x1200 .* at most 1024"):
         make_edits([init], mask, EditOptions(), 1.0, None, settings)
+
+
+def test_images_that_are_not_kept_as_they_are_come_with_a_notice():
+    """Bug: the pixels outside the mask were promised, and transparency was lost without a word."""
+    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 9))
+    grey16 = Image.new("I;16", (64, 64), 99)
+    for image, words in (
+        (clear, "init is transparent"),
+        (grey16, "init has the mode I;16"),
+        (Image.new("CMYK", (64, 64)), "init has the mode CMYK"),
+    ):
+        with pytest.warns(UserNotice, match=f"{words}. The result is 8-bit sRGB on white"):
+            checked_inits(image, MASK, EditOptions())
+        checked_inits(image, None, EditOptions())  # a variation keeps no pixels
+    for image in (IMAGE, IMAGE.convert("RGBA"), IMAGE.convert("L"), IMAGE.convert("P")):
+        assert len(checked_inits(image, MASK, EditOptions())) == 1
 
 
 IMAGE, MASK = Image.new("RGB", (64, 64)), masked((64, 64), (8, 8, 30, 30))

@@ -71,7 +71,7 @@ def checked_extend(extend: Any) -> tuple[int, int, int, int]:
     ``UserError`` for anything else.
     """
     given = _sides_in(extend) if isinstance(extend, str) else extend
-    rule = f"Use {', '.join(SIDES)} with pixels above 0, such as left=256,right=256."
+    rule = f"Use {', '.join(SIDES)} with numbers of pixels, such as left=256,right=256."
     if not isinstance(given, Mapping):
         raise UserError(f"extend must name sides of the image, got {shown(extend)}. {rule}")
     for side, pixels in given.items():

@@ -1,7 +1,7 @@
 """Edits of a part of an image: inpainting and outpainting.
 
-An edit cuts out what is sampled, tells Stages B and C how far each cell may change, and pastes the result
-back. Pixels outside the mask and its feather are those of the image, bit for bit.
+An edit cuts out what is sampled, tells Stages B and C how far each position may change, and pastes the result
+back. Pixels outside the mask and its feather are those of the image as 8-bit sRGB on white, bit for bit.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wuerstchen.edit_options import EditOptions, checked_extend
 from wuerstchen.errors import UserError, UserNotice
-from wuerstchen.images import resize_crop, to_tensor, upright_rgb
+from wuerstchen.images import note_conversion, resize_crop, to_tensor, upright_rgb
 from wuerstchen.masks import (
     check_mask,
     extended,
@@ -65,9 +65,9 @@ class Edit:
         return filled(to_tensor(box), self._at_size(self.strength) < 1)
 
     def cell_strengths(self, canvas: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "h w"]:
-        """How far each semantic latent may change, on a ``grid`` of (height, width).
+        """How far each position of the semantic latents may change, on a ``grid`` of (height, width).
 
-        The strongest pixel of a cell counts, and that of its neighbours within ``grown`` positions.
+        The strongest pixel of a position counts, and those of its neighbours within ``grown`` positions.
         """
         cells = F.adaptive_max_pool2d(self._on_canvas(self.strength, canvas), grid)
         return F.max_pool2d(cells, 2 * self.grown + 1, stride=1, padding=self.grown)[0, 0]
@@ -136,6 +136,10 @@ def checked_inits(init: Any, mask: Any, options: EditOptions) -> list[Image.Imag
     given = init if isinstance(init, list | tuple) else [init]
     if not given:
         raise UserError(f"init is empty: {init}. Pass an image, or one per prompt.")
+    if mask is not None or options.extend is not None:
+        for image in given:
+            if isinstance(image, Image.Image):
+                note_conversion(image, "init")
     return [upright_rgb(image, "init") for image in given]
 
 

@@ -156,6 +156,24 @@ def _strip_by_strip(image: Image.Image, convert: Callable[[Image.Image], Image.I
     return converted
 
 
+def note_conversion(image: Image.Image, name: str) -> None:
+    """Prints a ``UserNotice`` if ``to_rgb`` changes the pixels of a decoded image."""
+    profile = profile_of(image)
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        what = "is transparent"
+    elif image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        what = f"has the mode {image.mode}"
+    elif profile is not None and differs_from_srgb(profile):
+        what = "has another colour profile than sRGB"
+    else:
+        return
+    warnings.warn(
+        f"{name} {what}. The result is 8-bit sRGB on white, also outside the mask",
+        UserNotice,
+        stacklevel=2,
+    )
+
+
 def upright_rgb(image: Any, name: str = "image") -> Image.Image:
     """Converts an opened PIL image as ``open_image`` does a file: 8-bit sRGB, upright, on white.
 

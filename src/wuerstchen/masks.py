@@ -3,7 +3,10 @@
 A mask says how far each pixel of an image may change: black keeps it, white repaints it.
 """
 
+import contextlib
 import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from wuerstchen.errors import UserError
+from wuerstchen.errors import DataError, UserError
 from wuerstchen.images import crop_box, opened_image, to_rgb, turned_upright
 
 SNAP = 12
@@ -20,12 +23,23 @@ SNAP = 12
 
 def open_mask(path: Path | str) -> Image.Image:
     """Decodes the mask in ``path``, as ``mask_of`` does. Raises ``DataError`` as ``open_image`` does."""
-    return opened_image(path, path, lambda image: _mask_in(image, f"mask {str(path)!r}"))
+    with _named_masks():
+        return opened_image(path, path, lambda image: _mask_in(image, f"mask {str(path)!r}"))
 
 
 def decode_mask(data: bytes, name: str) -> Image.Image:
     """``open_mask`` for the bytes of an image file. ``name`` is its name in messages."""
-    return opened_image(io.BytesIO(data), name, lambda image: _mask_in(image, f"mask {name!r}"))
+    with _named_masks():
+        return opened_image(io.BytesIO(data), name, lambda image: _mask_in(image, f"mask {name!r}"))
+
+
+@contextlib.contextmanager
+def _named_masks() -> Iterator[None]:
+    """Lets messages about images that cannot be read say "mask"."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(re.sub(r"^image\b", "mask", str(error))) from error.__cause__
 
 
 def scaled_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:

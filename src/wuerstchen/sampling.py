@@ -173,8 +173,8 @@ def checked_strength(strength: Any, is_edit: bool) -> float:
     if strength is None:
         return 1.0 if is_edit else 0.7
     if not isinstance(strength, Real) or not 0 <= strength <= 1 or (is_edit and strength == 0):
-        least = "above 0" if is_edit else "at least 0"
-        raise UserError(f"strength must be {least} and at most 1, got {strength}. 0.7 is common.")
+        least, hint = ("above 0", "1 is the default") if is_edit else ("at least 0", "0.7 is common")
+        raise UserError(f"strength must be {least} and at most 1, got {strength}. {hint}.")
     return float(strength)
 
 

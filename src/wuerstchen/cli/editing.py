@@ -2,10 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wuerstchen.edit_options import CROP_PADDING, checked_extend
 from wuerstchen.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def add_edit_options(parser: argparse.ArgumentParser) -> None:
@@ -20,14 +23,15 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
         "--strength",
         type=float,
         help="how far the result may depart from the --init image, from 0, which changes details only, to 1 "
-        "(default: 0.7, or 1 with --mask or --extend)",
+        "(default: 0.7). Above 0 with --mask or --extend (default: 1)",
     )
     parser.add_argument(
         "--mask",
         type=Path,
         metavar="IMAGE",
         help="repaint only where this image is white. Grey repaints with a part of the strength, black keeps "
-        "the --init image exactly. In an image with transparent pixels, these are repainted",
+        "the --init image exactly, as 8-bit sRGB on white. In an image with transparent pixels, these are "
+        "repainted",
     )
     parser.add_argument(
         "--extend",
@@ -72,17 +76,32 @@ def check_edit_options(options: argparse.Namespace) -> None:
 
 def edit_of(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``Wuerstchen.generate`` for these options. Reads the images."""
-    from wuerstchen.images import open_image
     from wuerstchen.masks import open_mask
 
     return {
-        "init": None if options.init is None else open_image(options.init),
+        "init": None if options.init is None else _opened(options),
         "strength": options.strength,
         "mask": None if options.mask is None else open_mask(options.mask),
         "extend": options.extend,
         "crop_to_mask": False if options.crop_to_mask is None else options.crop_to_mask,
         "feather": options.feather,
     }
+
+
+def _opened(options: argparse.Namespace) -> "Image":
+    """The ``--init`` image. Prints a notice if an edit would keep other pixels than the file has."""
+    from wuerstchen.images import note_conversion, open_image, opened_image, to_rgb
+
+    if options.mask is None and options.extend is None:
+        return open_image(options.init)
+
+    def converted(image: "Image") -> "Image":
+        note_conversion(image, "init")
+        rgb = to_rgb(image, f"image {str(options.init)!r}")
+        rgb.info = {}
+        return rgb
+
+    return opened_image(options.init, options.init, converted)
 
 
 def settings_of_edit(options: argparse.Namespace) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
     generate.add_argument(
         "--size",
         type=size_of,
-        help="image size: N or WIDTHxHEIGHT in pixels, multiples of 8 (default: the model's own)",
+        help="image size: N or WIDTHxHEIGHT in pixels, multiples of 8 (default: the model's own, or with "
+        "--mask and --extend that of the image). Scales and crops --init and --mask first. With "
+        "--crop-to-mask, size of the sampled region",
     )
     add_guidance_options(generate)
     add_edit_options(generate)

@@ -156,7 +156,8 @@ class WuerstchenImg2ImgPipeline(_EditingPipeline):
 
 
 class WuerstchenInpaintPipeline(_EditingPipeline):
-    """Repaints the white part of a mask. Pixels outside it are those of the image."""
+    """Repaints the white part of a mask. Pixels outside it are those of the image, as 8-bit sRGB on
+    white."""
 
     @no_type_check
     def __call__(
