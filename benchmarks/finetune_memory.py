@@ -101,8 +101,20 @@ class StageOnly:
     def seed_weights(self, name: str) -> None:
         torch.manual_seed(0)
 
-    def source(self, phase: object) -> object:
+    def source(self, phase: object) -> Any:
         return SimpleNamespace()
+
+    def is_new(self, name: str) -> bool:
+        return True
+
+    def measured_source(self) -> Any:
+        raise NotImplementedError
+
+    def some_images(self, purpose: str, size: int) -> Iterator[Batch]:
+        raise NotImplementedError
+
+    def tensors_once(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
 
     def measured_once(self, folder: str, measure: object, known: dict[str, Any]) -> dict[str, Any]:
         return known
@@ -120,7 +132,7 @@ def stage_of(recipe: Recipe, cascade: Cascade, device: torch.device) -> Stage:
     run = StageOnly(recipe, cascade, device)
     kind = LORA_STAGE if recipe.trains("lora") else PRIOR_STAGE
     with contextlib.suppress(_Ready):
-        kind.train(run)  # type: ignore[arg-type]
+        kind.train(run)
     assert run.stage is not None
     return run.stage
 
