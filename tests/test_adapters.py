@@ -20,6 +20,8 @@ from wuerstchen.errors import CheckpointError, UserError, UserNotice
 from wuerstchen.lora import chosen_loras, load_lora, lora_names, unload_lora
 from wuerstchen.models.cascade import Cascade
 
+METADATA_OF_OTHERS = AdapterMetadata(title="a longer header" * 50)
+
 
 @pytest.fixture(scope="module")
 def loaded() -> Cascade:
@@ -177,6 +179,31 @@ def test_files_are_read_once_and_again_after_a_change(cascade, files, monkeypatc
     for number in (1, 0, 1):  # the last one is kept, so the first is still there
         used.use({files[number]: 1.0})
     assert reads == ["0", "1"]
+
+
+def test_files_that_are_replaced_while_they_are_used_are_read_again(cascade, tmp_path):
+    """Also within a folder, whose own state does not change. The tensors of a file that was read are no parts
+    of it: one that became shorter would end the process."""
+    weights = [adapter(cascade, seed) for seed in (1, 2)]
+    folder = tmp_path / "theirs"
+    file = write_adapter(folder / "pytorch_lora_weights.safetensors", weights[0])
+    other = write_adapter(tmp_path / "other.safetensors", weights[0], METADATA_OF_OTHERS)
+    used = ModelAdapters(cascade)
+    used.use({folder: 1.0})
+    expected = output(cascade)
+    for content in (other.read_bytes(), write_adapter(tmp_path / "new.safetensors", weights[1]).read_bytes()):
+        with open(file, "r+b") as opened:  # in place
+            opened.write(content)
+            opened.truncate()
+        os.utime(file, ns=(len(content), len(content)))
+        assert used.use({folder: 1.0})
+        found = output(cascade)
+        assert not used.use({folder: 1.0})
+        assert torch.equal(found, expected) == (content == other.read_bytes())
+    file.write_bytes(b"")
+    used._cache[folder][1].prior["blocks.2.attention.to_q"].a.sum()
+    with pytest.raises(CheckpointError):
+        used.use({folder: 1.0})
 
 
 def test_an_adapter_of_another_model_gives_a_notice(cascade, files):

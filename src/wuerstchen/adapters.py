@@ -1,12 +1,13 @@
 """The adapters of a loaded model: adds them, replaces them by others, and removes them."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata
-from wuerstchen.checkpoints.adapters import Adapter, read_adapter, wanted_files
+from wuerstchen.checkpoints.adapters import Adapter, LayerTensors, files_of, read_adapter, wanted_files
 from wuerstchen.checkpoints.hub import HUB_NAME, local_folder
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
@@ -26,6 +27,8 @@ class ModelAdapters:
         self.scales: dict[str, float] = {}
         self._used: dict[Path, float] | None = {}
         """What ``use`` has set, or None after another change."""
+        self._states: dict[Path, object] = {}
+        """The states of these files when they were read."""
         self._cache: dict[Path, tuple[object, Adapter]] = {}
         """Files that were read, with the state of the file, the last used one last."""
 
@@ -59,22 +62,24 @@ class ModelAdapters:
             unload_lora(encoder)
             encoder.remove_words()
             self.scales.clear()
-        self._used = {}
+        self._used, self._states = {}, {}
 
     def use(self, wanted: Mapping[Path, float]) -> bool:
         """Makes these files the only adapters, with their strengths. Returns whether anything changed.
 
-        Files that were used before are kept in memory, within ``MAX_CACHED`` and ``MAX_CACHED_BYTES``. If an
-        adapter cannot be loaded, there are none afterwards.
+        Files that were used before are kept in memory, within ``MAX_CACHED`` and ``MAX_CACHED_BYTES``, and
+        read again after a change. If an adapter cannot be loaded, there are none afterwards.
         """
-        if self._used == dict(wanted):
+        states = {path: self._state(path) for path in wanted}
+        is_same = self._used is not None and self._states == states
+        if is_same and self._used == dict(wanted):
             return False
-        if self._used and self._used.keys() == wanted.keys() and all(map(math.isfinite, wanted.values())):
+        if is_same and self._used and all(map(math.isfinite, wanted.values())):
             self.scales = {n: wanted[path] for n, path in zip(self.scales, self._used, strict=True)}
             self._used = {path: wanted[path] for path in self._used}
             self._apply_scales()
             return True
-        adapters = [(self._read(path), scale) for path, scale in wanted.items()]
+        adapters = [(self._read(path, states[path]), scale) for path, scale in wanted.items()]
         self.unload()
         try:
             for adapter, scale in adapters:
@@ -82,18 +87,23 @@ class ModelAdapters:
         except BaseException:
             self.unload()
             raise
-        self._used = dict(wanted)
+        self._used, self._states = dict(wanted), states
         return True
 
-    def _read(self, path: Path) -> Adapter:
+    def _state(self, path: Path) -> object:
+        """What differs after a change of the files of an adapter, not only of their folder."""
         try:
-            found = path.stat()
-        except OSError as error:
+            found = [file.stat() for file in files_of(path)] if path.exists() else None
+        except OSError:
+            found = None
+        if found is None:
             self._cache.pop(path, None)
-            raise CheckpointError(f"{path} does not exist any more. Choose another adapter.") from error
-        state = (found.st_mtime_ns, found.st_size, found.st_ino)
+            raise CheckpointError(f"{path} does not exist any more. Choose another adapter.")
+        return [(one.st_mtime_ns, one.st_size, one.st_ino) for one in found]
+
+    def _read(self, path: Path, state: object) -> Adapter:
         kept = self._cache.pop(path, None)
-        adapter = kept[1] if kept is not None and kept[0] == state else read_adapter(path)
+        adapter = kept[1] if kept is not None and kept[0] == state else _in_memory(read_adapter(path))
         self._cache[path] = state, adapter
         while len(self._cache) > MAX_CACHED or (
             len(self._cache) > 1 and sum(_bytes(a) for _, a in self._cache.values()) > MAX_CACHED_BYTES
@@ -108,6 +118,25 @@ def _found(source: str | Path) -> Path:
     if os.path.exists(path) or path.suffix in (".safetensors", ".bin") or not HUB_NAME.fullmatch(str(source)):
         return path
     return local_folder(source, only=wanted_files())
+
+
+def _in_memory(adapter: Adapter) -> Adapter:
+    """The adapter with copies of its tensors, which are parts of the file until then. They would change with
+    it, or end the process if it becomes shorter."""
+
+    def copied(layers: Mapping[str, LayerTensors]) -> dict[str, LayerTensors]:
+        return {
+            name: dataclasses.replace(
+                layer,
+                a=None if layer.a is None else layer.a.clone(),
+                b=None if layer.b is None else layer.b.clone(),
+                magnitude=None if layer.magnitude is None else layer.magnitude.clone(),
+            )
+            for name, layer in layers.items()
+        }
+
+    tokens = {word: vectors.clone() for word, vectors in adapter.tokens.items()}
+    return dataclasses.replace(adapter, prior=copied(adapter.prior), text=copied(adapter.text), tokens=tokens)
 
 
 def _bytes(adapter: Adapter) -> int:

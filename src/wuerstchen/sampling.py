@@ -1,7 +1,7 @@
 """What a caller of a model can choose: sampling settings, prompts, seeds and sizes. Imports no torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -234,6 +234,20 @@ def checked_size(size: Any, default: int) -> tuple[int, int]:
     ):
         raise UserError(f"size must be (width, height) in pixels, or one integer for both, got {size!r}.")
     return int(sides[0]), int(sides[1])
+
+
+def adapters_named(texts: Iterable[str]) -> list[tuple[Path, float]]:
+    """The paths and scales of several adapters. Raises ``UserError`` if one is named twice."""
+    found: dict[Path, tuple[Path, float]] = {}
+    for text in texts:
+        path, scale = adapter_named(text)
+        place = path.resolve() if path.exists() else path
+        if place in found:
+            raise UserError(
+                f"adapter {str(path)!r} is given twice. Give it once, with the sum of the scales."
+            )
+        found[place] = path, scale
+    return list(found.values())
 
 
 def adapter_named(text: str) -> tuple[Path, float]:

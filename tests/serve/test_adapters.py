@@ -17,8 +17,9 @@ from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata
 from wuerstchen.checkpoints.adapter_write import write_adapter
 from wuerstchen.checkpoints.adapters import Adapter, LayerTensors
 from wuerstchen.errors import UserError
-from wuerstchen.sampling import Sampling
+from wuerstchen.sampling import Sampling, adapters_named
 from wuerstchen.serve.adapters import AdapterFolder
+from wuerstchen.serve.worker_adapters import WorkerAdapters
 
 from .test_openai import client_of
 
@@ -118,6 +119,39 @@ def test_the_model_lists_adapters_as_they_come_and_go(serve, folder, monkeypatch
     job = running.draw(lora="bird", lora_strength=0.5)
     assert (job["settings"]["lora"], job["settings"]["lora_strength"]) == ("bird", 0.5)
     assert "lora" not in running.draw()["settings"]
+
+
+def test_an_adapter_of_all_images_is_not_offered(folder):
+    """Otherwise a request could replace its strength, or apply it twice."""
+    found = AdapterFolder(folder, [folder / ".." / folder.name / "theirs", folder / "dog.safetensors"])
+    assert [listed.name for listed in found.scan()] == ["cat", "other model"]
+    twice = (str(folder / "theirs"), f"{folder / '..' / folder.name / 'theirs'}:0.5")
+    with pytest.raises(UserError, match=r"is given twice\. Give it once"):
+        adapters_named(twice)
+
+
+def test_clients_do_not_learn_paths_of_the_operator(folder, tmp_path, caplog):
+    own = write_adapter(tmp_path / "own.safetensors", adapter(6))
+    other = folder / "pytorch_lora_weights.safetensors"
+    write_adapter(other, adapter(7))
+    used = WorkerAdapters(wuerstchen.load(device="cpu"), (str(own),), folder)
+    used.use(None, 1.0)
+    (folder / "adapter_model.safetensors").write_bytes(
+        (folder / "theirs/adapter_model.safetensors").read_bytes()
+    )
+    (folder / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    with pytest.raises(UserError, match="this adapter is a 'LOHA'") as caught:
+        used.use("adapter_model", 1.0)
+    assert str(folder) not in str(caught.value)
+    own.unlink()
+    for name in ("dog", None):
+        caplog.clear()
+        with pytest.raises(UserError, match="an adapter that this service uses for all images") as caught:
+            used.use(name, 1.0)
+        assert str(tmp_path) not in str(caught.value)
+        assert str(own) in caplog.text
+    with pytest.raises(UserError, match=r"own\.safetensors does not exist"):  # the operator's own start
+        WorkerAdapters(used.model, (str(own),), folder).use(None, 1.0)
 
 
 def test_texts_of_a_file_break_no_answer(serve, folder):

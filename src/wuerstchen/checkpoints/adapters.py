@@ -191,6 +191,12 @@ def read_adapter(source: Path | str | Mapping[str, Tensor], weight_name: str | N
     )
 
 
+def files_of(source: Path) -> list[Path]:
+    """The files that ``read_adapter`` reads. Raises ``CheckpointError`` if there are none."""
+    path = _file_in(source, None)
+    return [file for file in (path, path.parent / PEFT_CONFIG) if file.is_file()]
+
+
 def is_adapter(path: Path) -> bool:
     """Whether a file is an adapter, or a folder has a file with one of the usual names of adapters."""
     if path.is_dir():

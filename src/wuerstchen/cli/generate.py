@@ -97,7 +97,7 @@ def size_of(text: str) -> tuple[int, int]:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from wuerstchen.sampling import adapter_named, check_seed
+    from wuerstchen.sampling import adapters_named, check_seed
 
     start = time.monotonic()
     if options.init is not None and not options.prompts:
@@ -105,7 +105,7 @@ def _generate(options: argparse.Namespace) -> int:
     total = len(options.prompts) * options.count
     _check_generate(options, total)
     sampling = sampling_of(options)
-    adapters = [adapter_named(text) for text in options.lora]
+    adapters = adapters_named(options.lora)
     edit = edit_of(options)
     check_seed(options.seed, total)
     if options.detail_seed is not None:

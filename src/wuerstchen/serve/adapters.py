@@ -4,6 +4,7 @@ Imports no torch: the service reads only the headers of files. Workers load the 
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +32,15 @@ class ListedAdapter:
 class AdapterFolder:
     """The adapters in a folder. Files that are added or removed while the service runs are noticed."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ``UserError`` if there is no such folder."""
+    def __init__(self, folder: Path, always: Collection[Path] = ()) -> None:
+        """Adapters in ``always``, which all images have, are left out, so that no request applies them twice.
+
+        Raises ``UserError`` if there is no such folder.
+        """
         if not folder.is_dir():
             raise UserError(f"--lora-dir {folder} is not a folder. Give a folder with .safetensors files.")
         self.folder = folder
+        self._always = {(_weights_of(path) or path).resolve() for path in always}
         self._known: dict[Path, tuple[object, ListedAdapter | None]] = {}
 
     def find(self, name: str) -> Path:
@@ -61,13 +66,18 @@ class AdapterFolder:
             path = Path(entry.path)
             try:
                 file = _weights_of(path)
-                status = None if file is None else file.stat()
+                status = None if file is None or file.resolve() in self._always else file.stat()
             except OSError:  # removed just now, or a folder that cannot be entered
                 continue
             name = path.name if file is not path else path.stem
-            if file is None or not name.isprintable() or not 0 < len(name) <= _MAX_NAME or name[0] == ".":
+            if (
+                file is None
+                or status is None
+                or not name.isprintable()
+                or not 0 < len(name) <= _MAX_NAME
+                or name[0] == "."
+            ):
                 continue
-            assert status is not None
             state = (status.st_mtime_ns, status.st_size, status.st_ino)
             before = self._known.get(path)
             listed = before[1] if before is not None and before[0] == state else _read(name, path, file)

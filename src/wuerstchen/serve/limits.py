@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from wuerstchen.errors import UserError
-from wuerstchen.sampling import adapter_named
+from wuerstchen.sampling import adapters_named
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MIN_TOKEN = 16  # characters; shorter tokens can be guessed
@@ -137,11 +137,16 @@ class ServeConfig:
             raise UserError("--c2pa-certificate and --c2pa-key belong together. Give both or neither.")
         if self.c2pa_certificate is not None and importlib.util.find_spec("c2pa") is None:
             raise UserError('signing needs the package c2pa-python. Run pip install "wuerstchen[c2pa]"')
-        for path, _ in map(adapter_named, self.loras):
+        for path, _ in adapters_named(self.loras):
             if not path.exists():
                 raise UserError(f"--lora {path} does not exist. Check the name.")
         if (self.loras or self.lora_dir is not None) and importlib.util.find_spec("peft") is None:
             raise UserError('adapters need the package peft. Run pip install "wuerstchen[lora]"')
+
+    @property
+    def always_used(self) -> tuple[Path, ...]:
+        """The adapters of all images."""
+        return tuple(path for path, _ in adapters_named(self.loras))
 
     @property
     def is_loopback(self) -> bool:

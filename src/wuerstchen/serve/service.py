@@ -53,7 +53,9 @@ class Service:
         self.draining = False
         self.finisher = Finisher(config, self.instance, self.metrics, self._end)
         self.uploads = Uploads(config.max_jobs_per_client)
-        self._adapters = None if config.lora_dir is None else AdapterFolder(config.lora_dir)
+        self._adapters = (
+            None if config.lora_dir is None else AdapterFolder(config.lora_dir, config.always_used)
+        )
         self._loras = [] if self._adapters is None else self._adapters.scan()
         self._tasks: list[asyncio.Task[None]] = []
 
