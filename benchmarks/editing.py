@@ -157,13 +157,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=6)
     parser.add_argument("--prior-steps", type=int)
     parser.add_argument("--decoder-steps", type=int)
-    parser.add_argument("--grown", type=float, help="another GROWN_FRACTION of edits")
+    parser.add_argument("--positions-per-growth", type=int, help="other than POSITIONS_PER_GROWTH of edits")
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--save", type=Path, help="folder for the first images")
     options = parser.parse_args()
-    if options.grown is not None:
-        edits.GROWN_FRACTION = options.grown
+    if options.positions_per_growth is not None:
+        edits.POSITIONS_PER_GROWTH = options.positions_per_growth
     model = wuerstchen.load(options.model, options.device)
     sampling = Sampling(prior_steps=options.prior_steps, decoder_steps=options.decoder_steps)
     measurement = Measurement(model, options.data, options.images, options.batch_size)

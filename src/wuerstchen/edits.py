@@ -36,7 +36,8 @@ MANY_PIXELS = 4
 POSITIONS_PER_GROWTH = 24
 """The mask grows by one position of the semantic latents for every so many on a side of a training image:
 by one for the published 24×24, on canvases of any size. Its neighbours have seen what is repainted. For the
-6×6 of the bundled model it does not grow, which lost less R@1 than one position (benchmarks/editing.py)."""
+6×6 of the bundled model it does not grow: one position made no measurable difference to R@1 and the seam
+(benchmarks/editing.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
