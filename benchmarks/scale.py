@@ -125,16 +125,17 @@ def measure(kind: str, count: int, ranks: list[int]) -> dict[str, object]:
         found |= {"open_seconds": time.process_time() - began, "open_bytes": sum(row.nbytes for row in rows)}
     else:
         for number in ranks:
-            first, later = batches_of(source, number)
+            first, later, private = batches_of(source, number)
             found[f"epoch_seconds_{number}"], found[f"batch_seconds_{number}"] = first, later
-            found.setdefault("drawing_bytes", private_bytes() - before)
+            found.setdefault("drawing_bytes", private - before)
     found["peak_bytes"] = peak_bytes() - peak
     return found
 
 
-def batches_of(source: object, ranks: int) -> tuple[float, float]:
+def batches_of(source: object, ranks: int) -> tuple[float, float, int]:
     """Seconds that a worker of one rank needs for its first batch, which includes the epoch's order, and for
-    a later one in the middle of the epoch. Names and captions are read, and no images."""
+    a later one in the middle of the epoch, and its private memory then. Names and
+    captions are read, and no images."""
     whole, seed = (
         PER_RANK * ranks,
         ranks,
@@ -161,7 +162,7 @@ def batches_of(source: object, ranks: int) -> tuple[float, float]:
     began = time.process_time()
     for batch in range(middle + 1, middle + 1 + BATCHES):
         draw(batch)
-    return first, (time.process_time() - began) / BATCHES
+    return first, (time.process_time() - began) / BATCHES, private_bytes()
 
 
 def in_process(kind: str, count: int, ranks: list[int]) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -398,3 +399,15 @@ def test_repainted_rectangles_are_in_the_middle_and_seams_are_seen(script):
     seam, same = editing.gradients(cut, box, 4)
     assert inside == pytest.approx(same)
     assert seam > 10 * border
+
+
+def test_the_costs_of_synthetic_data_are_measured(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("WUERSTCHEN_CACHE", str(tmp_path))
+    scale = importlib.import_module("scale")
+    for kind in ("indexed", "mixture", "plan"):
+        found = scale.measure(kind, 4000, [1, 4])
+        assert {"open_seconds", "drawing_bytes", "batch_seconds_1", "epoch_seconds_4"} <= found.keys()
+        larger = scale.extrapolated(found, 10)
+        assert larger["epoch_seconds_4"] == 10 * found["epoch_seconds_4"]
+        assert larger["batch_seconds_4"] == found["batch_seconds_4"]
