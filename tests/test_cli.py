@@ -659,7 +659,7 @@ def test_trigger_words_are_named_if_no_prompt_has_them(run, tmp_path):
     assert "trigger" not in err
 
 
-def test_adapters_are_converted(run, tmp_path):
+def test_adapters_are_converted(run, tmp_path, monkeypatch):
     write_adapter(tmp_path / "a.safetensors", small_adapter())
     for target, form in (("b", "kohya"), ("c", "diffusers"), ("peft/d", "peft")):
         code, out, _ = run("convert", "a.safetensors", f"{target}.safetensors", "--layout", f"lora-{form}")
@@ -670,6 +670,9 @@ def test_adapters_are_converted(run, tmp_path):
     assert load_file(tmp_path / "a.safetensors").keys() == load_file(tmp_path / "c.safetensors").keys()
     run("convert", "b.safetensors", "half.safetensors", "--layout", "lora-diffusers", "--storage", "float16")
     assert {t.dtype for t in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
+    monkeypatch.setattr("wuerstchen.adapters.local_folder", lambda *_, **__: tmp_path / "a.safetensors")
+    assert run("convert", "someone/dog", "hub.safetensors", "--layout", "lora-kohya")[0] == 0
+    assert load_file(tmp_path / "hub.safetensors").keys() == load_file(tmp_path / "b.safetensors").keys()
     for arguments, message in (
         (["a.safetensors", "b.safetensors"], "b.safetensors already exists"),
         (["a.safetensors", "e.safetensors", "--storage", "int8"], "stored whole as float32 or float16"),

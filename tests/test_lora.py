@@ -519,7 +519,7 @@ def test_missing_files(prior, tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_lora(prior, "someone/adapter")
     with pytest.raises(
-        CheckpointError, match=r"contains no pytorch_lora_weights\.safetensors\. Name the file"
+        CheckpointError, match=r"contains no pytorch_lora_weights\.safetensors\. Give the path of the file"
     ):
         load_lora(prior, tmp_path)
     with pytest.raises(CheckpointError, match="is empty"):

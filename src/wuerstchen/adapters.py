@@ -39,7 +39,7 @@ class ModelAdapters:
             raise UserError("LoRA adapters apply to Stage C, and this model has none. Load one with Stage C.")
         if not math.isfinite(scale):
             raise UserError(f"scale must be a finite number, got {scale}. Use 1 for full strength.")
-        adapter = source if isinstance(source, Adapter) else read_adapter(_found(source))
+        adapter = source if isinstance(source, Adapter) else read_adapter(found_adapter(source))
         name = f"adapter_{len(self.scales)}"
         load_lora(prior, adapter, adapter_name=name, text_encoder=encoder)
         self.scales[name], self._used = scale, None
@@ -112,7 +112,7 @@ class ModelAdapters:
         return adapter
 
 
-def _found(source: str | Path) -> Path:
+def found_adapter(source: str | Path) -> Path:
     """The path of an adapter, downloaded if ``source`` is a name on the hub."""
     path = Path(source)
     if os.path.exists(path) or path.suffix in (".safetensors", ".bin") or not HUB_NAME.fullmatch(str(source)):

@@ -171,7 +171,7 @@ def test_files_in_a_folder(prior, tmp_path):
     load_lora(prior, tmp_path, adapter_name="peft")
     assert float(a["peft"].weight[0, 0]) == 1.0
     (tmp_path / WEIGHT_NAMES[1]).rename(tmp_path / "two.safetensors")
-    with pytest.raises(CheckpointError, match=r"It contains 2 weight files\. Name one of them"):
+    with pytest.raises(CheckpointError, match=r"It contains 2 weight files\. Give the path of one"):
         load_lora(prior, tmp_path, adapter_name="none")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from wuerstchen.checkpoints.native import read_cascade
 from wuerstchen.errors import UserError
-from wuerstchen.recipes.lora import v2_lora
+from wuerstchen.recipes.lora import lora, v2_lora
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.v2 import v2_finetune
 from wuerstchen.train.automatic import resolved
@@ -53,6 +53,8 @@ def test_what_does_not_fit_is_refused(changes, facts):
 def test_it_is_for_stage_c():
     with pytest.raises(UserError, match=r"memory=low is for Stage C, got stages with a\."):
         dataclasses.replace(mini(), memory="low")
+    with pytest.raises(UserError, match=r"--stage-lora\.base-weights int8 to save memory\."):
+        dataclasses.replace(lora(), memory="low")  # to train the whole Stage C would be no advice
     assert dataclasses.replace(mini(), memory="low", stages=("c",), start_from="x").memory == "low"
     assert dataclasses.replace(v2_finetune(), memory="low", stage_c=with_optimization(accumulate=4))
 

@@ -291,9 +291,9 @@ def _file_in(path: Path, weight_name: str | None) -> Path:
     others = _weights_in(path) if weight_name is None else []
     if len(others) == 1:
         return others[0]
-    fix = "Name the file with weight_name."
+    fix = "Give the path of the file, or weight_name."
     if others:
-        fix = f"It contains {len(others)} weight files. Name one of them with weight_name."
+        fix = f"It contains {len(others)} weight files. Give the path of one, or weight_name."
     raise CheckpointError(f"{path} contains no {names[0]}. {fix}")
 
 

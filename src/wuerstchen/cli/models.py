@@ -106,6 +106,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _convert_adapter(options: argparse.Namespace) -> int:
     import torch
 
+    from wuerstchen.adapters import found_adapter
     from wuerstchen.checkpoints.adapter_write import write_adapter
     from wuerstchen.checkpoints.adapters import read_adapter
     from wuerstchen.checkpoints.layouts import Sources
@@ -123,9 +124,8 @@ def _convert_adapter(options: argparse.Namespace) -> int:
     if options.target.exists():
         raise UserError(f"{options.target} already exists. Choose another file, or remove it.")
     form = options.layout.removeprefix("lora-")
-    write_adapter(
-        options.target, read_adapter(Path(options.source)), form=form, dtype=getattr(torch, options.storage)
-    )
+    adapter = read_adapter(found_adapter(options.source))
+    write_adapter(options.target, adapter, form=form, dtype=getattr(torch, options.storage))
     print(options.target)
     return 0
 

@@ -42,6 +42,9 @@ class Service:
         """Raises ``UserError`` if the filter, the results folder or the certificate cannot be used."""
         self.config = config
         self.instance = secrets.token_hex(3)
+        self._adapters = (
+            None if config.lora_dir is None else AdapterFolder(config.lora_dir, config.always_used)
+        )
         self.queue = FairQueue(config.max_waiting, config.max_jobs_per_client)
         self.metrics = Metrics()
         self.dispatcher = Dispatcher(
@@ -53,9 +56,6 @@ class Service:
         self.draining = False
         self.finisher = Finisher(config, self.instance, self.metrics, self._end)
         self.uploads = Uploads(config.max_jobs_per_client)
-        self._adapters = (
-            None if config.lora_dir is None else AdapterFolder(config.lora_dir, config.always_used)
-        )
         self._loras = [] if self._adapters is None else self._adapters.scan()
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -22,6 +22,11 @@ def check_memory(
     if memory == "normal":
         return
     unsupported = [stage for stage in stages if stage not in SUPPORTED]
+    if "lora" in unsupported:
+        raise UserError(
+            f"memory={memory} is for Stage C, got stages with lora. Use memory=normal, which keeps only the "
+            "adapter in fp32, and --stage-lora.base-weights int8 to save memory."
+        )
     if unsupported:
         raise UserError(
             f"memory={memory} is for Stage C, got stages with {unsupported[0]}. Use --stages c, or "

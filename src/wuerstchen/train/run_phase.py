@@ -141,9 +141,10 @@ class PhaseRunner:
         parameters = sum(p.numel() for n in stage.networks.values() for p in n.parameters())
         if self.processes.is_main:
             times = "" if self.processes.count == 1 else f" and {self.processes.count - 1} more"
+            size = f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,}"
             print(
                 f"Stage {stage.name.upper()}: {optimization.images:,} images, {feed.size} px, in batches of "
-                f"{optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}{times}"
+                f"{optimization.batch_size}, {size} parameters, on {self.device}{times}"
             )
             if isinstance(feed, PreparedFeed):
                 print(f"  {phase.data or self.recipe.data} is prepared; sizes in pixels:")
