@@ -1,6 +1,7 @@
 """Resolves ``auto`` in a recipe for the machine that trains."""
 
 import dataclasses
+from typing import Any
 
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.errors import DataError, UserError
@@ -19,9 +20,9 @@ from wuerstchen.train.run_data import open_training_images
 from wuerstchen.train.stage_table import trained_kinds
 
 
-def resolved(recipe: Recipe, processes: Processes) -> Recipe:
+def resolved(recipe: Recipe, processes: Processes, stored: dict[str, Any] | None = None) -> Recipe:
     """The recipe with every ``auto`` replaced by its value on this machine, and with the objectives' own time
-    densities. The run folder records these values.
+    densities. The run folder records these values. ``stored`` is the ``run.json`` of a started run.
 
     Raises ``UserError`` if the machine or other settings do not support ``acceleration=graph``, or if the
     machine does not support the choice of ``memory``.
@@ -56,17 +57,18 @@ def resolved(recipe: Recipe, processes: Processes) -> Recipe:
             "acceleration=compile, or a dropout of 0."
         )
     if recipe.trains("lora"):
-        recipe = _fitted_to_images(recipe)
+        recipe = _fitted_to_images(recipe, {} if stored is None else stored["recipe"])
     recipe, changed = fitted(recipe)
     if changed and processes.is_main:
         print(f"Fitted to {recipe.fit_images:,} images: {', '.join(changed)}")
     return with_time_densities(recipe)
 
 
-def _fitted_to_images(recipe: Recipe) -> Recipe:
+def _fitted_to_images(recipe: Recipe, stored: dict[str, Any]) -> Recipe:
     """The recipe of an adapter with the length and the image cache that fit the number of images.
 
-    Raises ``UserError`` for settings that have no effect on an adapter.
+    A started run keeps those in its ``stored`` recipe, even if images were added. Raises ``UserError`` for
+    settings that have no effect on an adapter.
     """
     check_result(recipe.storage, recipe.max_shard_size)
     check_training(recipe.stage_lora, recipe.fresh)
@@ -80,6 +82,12 @@ def _fitted_to_images(recipe: Recipe) -> Recipe:
         )
     crops = 0 if is_prepared else recipe.prepared_images or cached_crops(recipe.stage_lora, count)
     config = with_length(recipe.stage_lora, count)
+    before = stored.get("stage_lora", {}).get("optimization", {})
+    if not recipe.stage_lora.updates and recipe.stage_lora.updates is not None and before:
+        optimization = dataclasses.replace(config.optimization, images=before["images"])
+        config = dataclasses.replace(config, optimization=optimization)
+    if not recipe.prepared_images and before:
+        crops = stored.get("prepared_images", crops)
     return dataclasses.replace(recipe, stage_lora=config, prepared_images=crops)
 
 

@@ -129,8 +129,8 @@ def read_start(recipe: Recipe) -> InitialWeights:
         except CheckpointError as error:
             if is_adapter(folder):
                 raise UserError(
-                    f"start_from={recipe.start_from} is an adapter, which belongs to a model and is none. "
-                    "Use --start-from with the model."
+                    f"start_from={recipe.start_from} is an adapter, not a model. Use --start-from with the "
+                    "model that it was trained on."
                 ) from error
             raise
         if "text_encoder" in given:

@@ -94,8 +94,9 @@ def train(
     if monitor.tensorboard:
         check_tensorboard()
     with usual_defaults(), distributed(default_device(device)) as processes:
-        given = resolved(recipe, processes)
-        planned = plan(given, read_run(run_dir), run_dir, changes, end_now=end_now)
+        stored = read_run(run_dir)
+        given = resolved(recipe, processes, stored)
+        planned = plan(given, stored, run_dir, changes, end_now=end_now)
         return _train(given, planned, run_dir, processes, accept_changed_data, monitor)
 
 

@@ -70,6 +70,7 @@ class PhaseRunner:
         self.log = log
         self.start = start
         self.parts = dataclasses.replace(start.parts)
+        self.ended_at: dict[str, int] = {}
         self.results: dict[str, Any] = {}
         self.statistics = PUBLISHED_STATISTICS
         if start.settings is not None and start.parts.prior is not None:
@@ -132,7 +133,9 @@ class PhaseRunner:
 
     def train_phase(self, stage: Stage, phase: Phase, *, multiple: int = 1) -> Averages:
         """Trains a phase to its end. Returns a function that loads its averaged weights."""
-        return partial(self.averaged, self.run_stage(stage, phase, multiple))
+        checkpoint = self.run_stage(stage, phase, multiple)
+        self.ended_at[stage.name] = int(checkpoint.name) if checkpoint.name.isdigit() else 0
+        return partial(self.averaged, checkpoint)
 
     def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
         """Trains a phase to its end. Returns its last checkpoint, or its best one if the stage keeps that."""

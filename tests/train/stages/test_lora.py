@@ -150,6 +150,14 @@ def test_gradients_reach_every_weight_of_the_adapter_and_no_other(prior):
     assert all(p.grad is None for p in adapted.prior.parameters() if p not in own)
 
 
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_a_new_dora_on_a_rounded_base_leaves_the_exact_model_alone(prior, targets):
+    adapted = AdaptedPrior(prior, StageLoraConfig(rank=2, dora=True, targets=targets), torch.bfloat16)
+    for name, layer in adapted.weights.tensors(2.0).items():
+        weight = prior.get_submodule(name).weight.flatten(1)
+        torch.testing.assert_close(layer.magnitude, torch.linalg.vector_norm(weight, dim=1))
+
+
 def test_the_average_takes_the_place_of_the_weights_for_a_while(prior):
     adapted = AdaptedPrior(prior, StageLoraConfig(rank=2))
     average = make_average(adapted.weights)
@@ -379,6 +387,7 @@ def test_the_file_has_the_averages_with_the_lowest_validation_loss(
 
     assert is_from(16, result)
     assert not is_from(24, result)
+    assert read_adapter(result).metadata.updates == 4  # of 6: those of the weights in the file
     export(tmp_path / "run", tmp_path / "newest")
     assert is_from(24, tmp_path / "newest")
     export(tmp_path / "run", tmp_path / "best", checkpoint="best")
@@ -562,9 +571,11 @@ def test_images_of_the_class_are_drawn_once_and_trained_on(
 
 def test_the_file_describes_the_adapter(lora_runs, model_folder, photos, tmp_path):
     settings = {"alpha": 3.0, "dora": True, "form": "kohya", "licence": "CC0-1.0", "updates": 2}
-    result = train(lora_runs.recipe(model_folder, photos, **settings), tmp_path, device="cpu")
+    recipe = lora_runs.recipe(model_folder, photos, storage="float16", **settings)
+    result = train(recipe, tmp_path, device="cpu")
     adapter = read_adapter(result)
     assert {layer.alpha for layer in adapter.prior.values()} == {3.0}
+    assert {layer.a.dtype for layer in adapter.prior.values()} == {torch.float16}
     assert all(layer.a.shape[0] == 2 and layer.magnitude is not None for layer in adapter.prior.values())
     assert adapter.metadata == AdapterMetadata(
         base_model=model_folder.name,
@@ -650,7 +661,7 @@ def test_equal_captions_in_files(lora_runs, model_folder, photos, tmp_path, caps
 def test_an_adapter_is_no_model_to_start_from(lora_runs, model_folder, photos, tmp_path):
     result = train(lora_runs.recipe(model_folder, photos, updates=1), tmp_path / "run", device="cpu")
     for start in (result, *result.iterdir()):
-        with pytest.raises(UserError, match="is an adapter, which belongs to a model"):
+        with pytest.raises(UserError, match="is an adapter, not a model"):
             train(lora_runs.recipe(start, photos), tmp_path / "other", device="cpu")
 
 
@@ -666,6 +677,29 @@ def test_a_model_without_its_text_encoder(lora_runs, model_folder, photos, tmp_p
         train(recipe, tmp_path / "run", device="cpu")
     recipe = dataclasses.replace(recipe, text_encoder=str(tmp_path / "encoder"))
     assert train(recipe, tmp_path / "run", device="cpu").is_dir()
+
+
+def test_images_that_are_added_to_a_run(lora_runs, model_folder, photos, tmp_path):
+    """The length and the cache of a started run stay, although they follow from the number of images."""
+    shutil.copytree(photos, tmp_path / "data")
+    recipe = lora_runs.recipe(model_folder, tmp_path / "data", updates=0)
+    optimization = dataclasses.replace(recipe.stage_lora.optimization, batch_size=1)
+    config = dataclasses.replace(recipe.stage_lora, optimization=optimization)
+    recipe = dataclasses.replace(recipe, stage_lora=config, checkpoint_seconds=1e9, validate_every=300)
+    stops = "wuerstchen.train.run.TrainingRun.train_stages"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stops, lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "run", device="cpu")
+        for number in range(10, 20):
+            shutil.copy(photos / "0.png", tmp_path / "data" / f"{number}.png")
+        with pytest.raises(UserError, match=r"the data in .* have changed since .*--accept-changed-data"):
+            train(recipe, tmp_path / "run", device="cpu")
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "run", device="cpu", accept_changed_data=True)
+    recorded = read_json(tmp_path / "run" / "run.json")["recipe"]
+    assert recorded["stage_lora"]["optimization"]["images"] == 300
+    assert recorded["prepared_images"] == 16
 
 
 def test_another_model_for_the_same_run(lora_runs, model_folder, photos, tmp_path):

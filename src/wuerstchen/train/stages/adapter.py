@@ -84,10 +84,22 @@ class AdaptedPrior:
         self.config = config
         names = target_layers(self.prior, config.targets)
         self._layers = _inject(self.prior, names, config)
+        self._set_magnitudes(prior)
         self.weights = self._used = AdapterWeights(self._layers, None if word is None else word.initial)
         self.word = word
         if word is not None:
             word.vectors = self._vectors
+
+    def _set_magnitudes(self, prior: Prior) -> None:
+        """Sets DoRA's magnitudes to the norms of the exact weights.
+
+        peft takes those of the rounded ones, with which a new adapter would change the exact model.
+        """
+        for name, layer in self._layers.items():
+            if _NAME in layer.lora_magnitude_vector:
+                magnitude = layer.lora_magnitude_vector[_NAME].weight
+                norms = prior.get_submodule(name).weight.detach().float().flatten(1).norm(dim=1)
+                magnitude.data.copy_(norms.view_as(magnitude))
 
     @contextlib.contextmanager
     def using(self, weights: nn.Module) -> Iterator[Prior]:

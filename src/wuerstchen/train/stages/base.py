@@ -165,6 +165,8 @@ class Run(Protocol):
     are on the CPU until a stage moves them."""
     statistics: LatentStatistics
     """Statistics of the semantic latents, for Stage C."""
+    ended_at: dict[str, int]
+    """The images of the checkpoint whose averages a phase ended with, by the name of the phase."""
     results: dict[str, Any]
     """What stages make that is not a part of the model, by the short names of the stages."""
     makes_updates: bool
@@ -355,14 +357,14 @@ def text_inputs(encoded: TextStates, recipe: Recipe) -> Inputs:
 
 
 def with_captions_dropped(
-    empty: TextStates, inputs: Inputs, random: ImageRandom, probability: float
+    empty: TextStates, inputs: Inputs, random: ImageRandom, probability: float, purpose: str = "caption"
 ) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"] | None]:
     """States and mask of the captions in ``inputs``, replaced by those of an empty text with this
     ``probability`` for each image.
 
     The mask is None if ``inputs`` has none.
     """
-    drop = random.uniform("caption") < probability
+    drop = random.uniform(purpose) < probability
     states = torch.where(drop[:, None, None], empty.states, inputs["states"])
     if "mask" not in inputs:
         return states, None

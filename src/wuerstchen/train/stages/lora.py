@@ -137,7 +137,7 @@ class StageLora(StageC):
         """The loss of the prior. ``purpose`` begins the names of its random numbers."""
         x, objective = inputs["x"], self.objective
         dropout = self.adapter_config.caption_dropout
-        states, mask = with_captions_dropped(self.no_text, inputs, random, dropout)
+        states, mask = with_captions_dropped(self.no_text, inputs, random, dropout, f"{purpose}caption")
         t = objective.times(random.uniform(f"{purpose}time"))
         noise = random.normal(f"{purpose}noise", x.shape[1:])
         context = self.prior.context(states, mask, cache_kv=False)
@@ -213,7 +213,7 @@ def _write(run: Run, folder: Path) -> None:
         base_hash=weights_hash(run.parts.prior),
         trigger_words=(trigger,) if trigger else (),
         images=images,
-        updates=-(-config.optimization.images // config.optimization.batch_size),
+        updates=-(-run.ended_at["lora"] // config.optimization.batch_size),
         licence=config.licence,
     )
     words = {} if weights.word is None else {config.token: weights.word.detach()}
