@@ -150,11 +150,13 @@ def test_a_failed_change_leaves_no_adapter(cascade, files, tmp_path):
 def test_an_adapter_that_fails_leaves_the_others_as_they_were(cascade):
     """A word of a wrong width is found after the layers were added."""
     used = ModelAdapters(cascade)
-    for seed, scale in ((1, 0.5), (2, 0.7)):
-        used.load(replace(adapter(cascade, seed), tokens={}), scale)
+    first, second, third = (replace(adapter(cascade, seed), tokens={}) for seed in (1, 2, 3))
+    used.load(first, 0.5)
+    used.load(second, 0.7)
     before, chosen = output(cascade), chosen_loras(cascade.prior)
+    assert chosen == ({"adapter_0": 0.5, "adapter_1": 0.7}, True)
     with pytest.raises(CheckpointError, match="the vectors of the word 'sks'"):
-        used.load(replace(adapter(cascade, 3), tokens={"sks": torch.zeros(1, 7)}))
+        used.load(replace(third, tokens={"sks": torch.zeros(1, 7)}))
     assert chosen_loras(cascade.prior) == chosen
     assert torch.equal(output(cascade), before)
 
