@@ -1,6 +1,7 @@
 """Image to image and inpainting with diffusers' argument names, against ``Wuerstchen.generate``."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from wuerstchen.diffusers import (
 from wuerstchen.diffusers.editing import as_images
 from wuerstchen.errors import UserError
 from wuerstchen.images import to_tensor
+from wuerstchen.pipeline import load
 from wuerstchen.sampling import Sampling
 
 IMAGE = Image.effect_noise((128, 96), 60).convert("RGB")
@@ -142,3 +144,40 @@ def test_a_model_without_a_compressor_is_refused(write_published, tmp_path):
         WuerstchenInpaintPipeline.from_pretrained(folder)
     with pytest.raises(UserError, match="torch_dtype must be float32, bfloat16 or float16"):
         WuerstchenInpaintPipeline.from_pretrained(folder, torch_dtype=torch.float64)
+
+
+def test_pipelines_move_and_convert_as_those_of_diffusers_do(model_folder):
+    """Bugs: a dtype that is taken for a device, and a model that no longer saves memory once it was moved."""
+    pipe = WuerstchenImg2ImgPipeline.from_pretrained(
+        model_folder, dtype=torch.bfloat16, low_cpu_mem_usage=True
+    )
+    dtypes = lambda: {each.dtype for each in pipe.model.cascade.prior.parameters()}  # noqa: E731
+    assert dtypes() == {torch.bfloat16}
+    assert pipe.to(torch.float32) is pipe
+    assert dtypes() == {torch.float32}
+    pipe.to("cpu", torch.bfloat16)
+    assert (dtypes(), pipe.device.type) == ({torch.bfloat16}, "cpu")
+    pipe.to(device="cpu", dtype=torch.float32)
+    saving = WuerstchenImg2ImgPipeline(load(model_folder, "cpu", low_memory="stage")).to("cpu")
+    assert saving.model.low_memory == "stage"
+    with pytest.raises(UserError, match="device was given twice"):
+        pipe.to("cpu", device="cpu")
+    with pytest.raises(UserError, match=r"dtype must be float32, bfloat16 or float16, got torch\.float64"):
+        pipe.to(torch.float64)
+
+
+def test_what_editing_does_not_support_is_refused_in_a_sentence(model_folder, inpaint):
+    for name, value in {"variant": "fp16", "cache_dir": "x", "use_safetensors": False, "anything": 1}.items():
+        with pytest.raises(UserError, match=f"{name}(=False)? is not supported"):
+            WuerstchenInpaintPipeline.from_pretrained(model_folder, **{name: value})
+    with pytest.raises(UserError, match="dtype was given twice"):
+        WuerstchenInpaintPipeline.from_pretrained(
+            model_folder, dtype=torch.float16, torch_dtype=torch.float16
+        )
+    for auto in (AutoPipelineForImage2Image, AutoPipelineForInpainting):
+        with pytest.raises(UserError, match="pipeline must be one for editing, got object"):
+            auto.from_pipe(object())
+    pipe = WuerstchenInpaintPipeline(inpaint.model)
+    pipe.model = SimpleNamespace(_adapters=SimpleNamespace(scales={"style": 1.0}))
+    with pytest.raises(UserError, match="Adapters are loaded"):
+        pipe.to("cpu")

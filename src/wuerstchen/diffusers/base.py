@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -203,14 +203,7 @@ class DiffusionPipeline:
 
         Setting a device ends offloading. Returns the pipeline.
         """
-        for value in args:
-            if isinstance(value, torch.dtype):
-                dtype = _once("dtype", dtype, value)
-            elif value is not None:
-                device = _once("device", device, value)
-        device = device if torch_device is None else _once("device", device, torch_device)
-        dtype = dtype if torch_dtype is None else _once("dtype", dtype, torch_dtype)
-        device = None if device is None else checked_device(device)
+        device, dtype = device_and_dtype((*args, device, torch_device), (dtype, torch_dtype))
         for pipe in self._pipes():
             pipe.maybe_free_model_hooks()
             pipe._residence = pipe._residence if device is None else None
@@ -399,6 +392,22 @@ def check_text_width(pipe: "DiffusionPipeline", width: int | None, part: str) ->
             f"The text encoder's states are {found} wide. The {part} reads states {width} wide. "
             "Load both from the same model."
         )
+
+
+def device_and_dtype(
+    values: Sequence[Any], dtypes: Sequence[Any]
+) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device and the dtype in the arguments of ``to``. ``values`` may have both.
+
+    Raises ``UserError`` if one is given twice, or if there is no such device.
+    """
+    device, dtype = None, None
+    for value in (*values, *dtypes):
+        if isinstance(value, torch.dtype):
+            dtype = _once("dtype", dtype, value)
+        elif value is not None:
+            device = _once("device", device, value)
+    return None if device is None else checked_device(device), dtype
 
 
 def _once(name: str, earlier: Any, value: Any) -> Any:

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from wuerstchen.checkpoints.layouts import Sources
-from wuerstchen.device import default_device
+from wuerstchen.diffusers.base import device_and_dtype
 from wuerstchen.diffusers.decoder import Images, as_output
+from wuerstchen.diffusers.options import drop_options
 from wuerstchen.diffusers.outputs import ImagePipelineOutput
 from wuerstchen.diffusers.prompts import check_negative, check_prompt
 from wuerstchen.diffusers.sampling import check_count, check_generator, check_scale
@@ -52,12 +53,24 @@ class _EditingPipeline:
         compressor: str | Path | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
     ) -> Any:
         """Loads a model in any layout, from a folder or by its name on the hub, onto the CPU.
 
-        ``compressor`` is a file or folder with one, for models that have none. Raises ``CheckpointError`` or
-        ``UserError``.
+        ``compressor`` is a file or folder with one, for models that have none. ``dtype`` is another name of
+        ``torch_dtype``. Options of diffusers' loaders that change nothing here are ignored. Raises
+        ``CheckpointError`` or ``UserError``, also for all other options.
         """
+        drop_options(settings)
+        if settings.pop("use_safetensors", None) is False:
+            raise UserError("use_safetensors=False is not supported. Omit it: both kinds of files are read.")
+        if refused := [name for name, value in settings.items() if value is not None]:
+            raise UserError(
+                f"{refused[0]} is not supported by pipelines for editing. Load the model with "
+                "wuerstchen.load, and pass it to the pipeline."
+            )
+        torch_dtype = device_and_dtype((), (torch_dtype, dtype))[1]
         if torch_dtype not in _PRECISIONS:
             raise UserError(
                 f"torch_dtype must be float32, bfloat16 or float16, got {torch_dtype}. Omit it for float32."
@@ -72,9 +85,30 @@ class _EditingPipeline:
     def device(self) -> torch.device:
         return self.model.device
 
-    def to(self, device: str | torch.device) -> Any:
-        """Moves all networks to a device. Returns the pipeline."""
-        self.model = Wuerstchen(self.model.cascade, default_device(device))
+    def to(
+        self,
+        *args: Any,
+        device: str | int | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        torch_device: str | int | torch.device | None = None,
+        torch_dtype: torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,
+    ) -> Any:
+        """Moves or converts all networks: ``to("cuda")``, ``to(torch.float16)``, or both. Returns the
+        pipeline.
+
+        A model that was loaded with ``low_memory`` keeps it. Raises ``UserError`` while adapters are loaded.
+        """
+        target, wanted = device_and_dtype((*args, device, torch_device), (dtype, torch_dtype))
+        if self.model._adapters.scales:
+            raise UserError("Adapters are loaded. Call model.unload_lora() first, and load them again after.")
+        if wanted not in _PRECISIONS:
+            raise UserError(f"dtype must be float32, bfloat16 or float16, got {wanted}. Omit it to keep it.")
+        if wanted is not None:
+            for network in self.model.cascade.networks().values():
+                network.to(wanted)
+        place = self.model.device if target is None else target
+        self.model = Wuerstchen(self.model.cascade, place, low_memory=self.model.low_memory)
         return self
 
     def _run(
@@ -218,9 +252,9 @@ class AutoPipelineForImage2Image:
         return WuerstchenImg2ImgPipeline.from_pretrained(name, **settings)
 
     @classmethod
-    def from_pipe(cls, pipeline: _EditingPipeline) -> WuerstchenImg2ImgPipeline:
-        """A pipeline with the same networks."""
-        return WuerstchenImg2ImgPipeline(pipeline.model)
+    def from_pipe(cls, pipeline: Any) -> WuerstchenImg2ImgPipeline:
+        """A pipeline with the same networks. Raises ``UserError`` for a pipeline without a compressor."""
+        return WuerstchenImg2ImgPipeline(_model_of(pipeline))
 
 
 class AutoPipelineForInpainting:
@@ -232,9 +266,18 @@ class AutoPipelineForInpainting:
         return WuerstchenInpaintPipeline.from_pretrained(name, **settings)
 
     @classmethod
-    def from_pipe(cls, pipeline: _EditingPipeline) -> WuerstchenInpaintPipeline:
-        """A pipeline with the same networks."""
-        return WuerstchenInpaintPipeline(pipeline.model)
+    def from_pipe(cls, pipeline: Any) -> WuerstchenInpaintPipeline:
+        """A pipeline with the same networks. Raises ``UserError`` for a pipeline without a compressor."""
+        return WuerstchenInpaintPipeline(_model_of(pipeline))
+
+
+def _model_of(pipeline: Any) -> Wuerstchen:
+    if not isinstance(pipeline, _EditingPipeline):
+        raise UserError(
+            f"pipeline must be one for editing, got {type(pipeline).__name__}, which has no compressor. "
+            "Use from_pretrained, with compressor= if the model has none."
+        )
+    return pipeline.model
 
 
 def as_images(name: str, value: Any) -> list[Image.Image]:
