@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from measuring import free, synchronise
@@ -90,6 +90,7 @@ class StageOnly:
 
     makes_updates = True
     statistics = PUBLISHED_STATISTICS
+    ended_at: ClassVar[dict[str, int]] = {}
 
     def __init__(self, recipe: Recipe, cascade: Cascade, device: torch.device) -> None:
         self.recipe, self.device = recipe, device

@@ -49,7 +49,8 @@ class Setting:
     @property
     def changed(self) -> dict[str, Any]:
         """The differences as they appear in a row."""
-        given = {name: value for name, value in vars(self.sampling).items() if value is not None}
+        own = vars(Sampling())
+        given = {name: value for name, value in vars(self.sampling).items() if value != own[name]}
         return given if self.weight is None else {"autoguidance": self.weight}
 
 

@@ -1,5 +1,6 @@
 """Edits of a part of an image, with tiny random models: what is kept, what changes, and what is refused."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -28,7 +29,7 @@ from .configurations import with_lite0
 
 @pytest.fixture(scope="module")
 def model(small_cascade):
-    return Wuerstchen(with_lite0(small_cascade), torch.device("cpu"))
+    return Wuerstchen(with_lite0(copy.deepcopy(small_cascade)), torch.device("cpu"))
 
 
 def noise(width, height, sigma=60.0) -> Image.Image:
@@ -185,7 +186,7 @@ def test_stage_b_keeps_the_latents_outside_the_mask(model):
 
 
 def test_v1_keeps_tokens(small_v1):
-    model = Wuerstchen(with_lite0(small_v1), torch.device("cpu"))
+    model = Wuerstchen(with_lite0(copy.deepcopy(small_v1)), torch.device("cpu"))
     init = noise(128, 128)
     mask = masked(init.size, (32, 32, 64, 64))
     seen = []

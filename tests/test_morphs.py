@@ -1,5 +1,6 @@
 """Morphs, variations by Stage B's noise, and weighted prompts, with a tiny random model."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -17,7 +18,7 @@ from .configurations import with_lite0
 
 @pytest.fixture(scope="module")
 def model(small_cascade):
-    return Wuerstchen(with_lite0(small_cascade), torch.device("cpu"))
+    return Wuerstchen(with_lite0(copy.deepcopy(small_cascade)), torch.device("cpu"))
 
 
 DPM = Sampling(prior_sampler="dpm")

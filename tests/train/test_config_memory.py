@@ -80,7 +80,7 @@ def test_automatic_settings_follow_the_memory(monkeypatch):
 def test_recomputed_dropout_below_an_adapter_is_not_recorded(monkeypatch):
     """The frozen prior drops out too. Recording it ends in an error of torch after minutes of compiling."""
     monkeypatch.setattr("wuerstchen.train.automatic.gpu_precision", lambda device: "bf16")
-    monkeypatch.setattr("wuerstchen.train.automatic._fitted_to_images", lambda recipe: recipe)
+    monkeypatch.setattr("wuerstchen.train.automatic._fitted_to_images", lambda recipe, _: recipe)
     gpu, recipe = Processes(torch.device("cuda")), v2_lora()
     assert resolved(recipe, gpu).acceleration == "graph"
     recomputed = dataclasses.replace(recipe, recompute="blocks")

@@ -23,13 +23,14 @@ def with_values(arguments: Sequence[str]) -> list[str]:
 
     Otherwise argparse would take the next argument as its value, as in ``generate --low-memory "a cat"``.
     """
+    edits = list(arguments[:1]) == ["generate"]  # `data prepare` has an option --crop
     spelled: list[str] = []
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         if argument == "--":
             return spelled + list(arguments[len(spelled) :])
         if _abbreviates(argument, "--low-memory", "--low") and following not in LOW_MEMORY:
             spelled.append("--low-memory=stage")
-        elif _abbreviates(argument, "--crop-to-mask", "--cr") and not following.isdecimal():
+        elif edits and _abbreviates(argument, "--crop-to-mask", "--cr") and not following.isdecimal():
             spelled.append(f"--crop-to-mask={CROP_PADDING}")
         else:
             spelled.append(argument)
@@ -38,6 +39,14 @@ def with_values(arguments: Sequence[str]) -> list[str]:
 
 def _abbreviates(argument: str, option: str, shortest: str) -> bool:
     return len(argument) >= len(shortest) and option.startswith(argument)
+
+
+class JoinedData(argparse.Action):
+    """Joins the values of a repeated ``--data`` into one mixture: ``A=3 + B=1``."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, *_: object) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is None else f"{before} + {values}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wuerstchen.checkpoints.hub import is_bundled
-from wuerstchen.cli.options import Parser, add_device_option, add_tariff_options, tariff_of
+from wuerstchen.cli.options import JoinedData, Parser, add_device_option, add_tariff_options, tariff_of
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.terminal import unfiltered
 
@@ -31,7 +31,7 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     train.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/RECIPE)")
     train.add_argument(
         "--data",
-        action="append",
+        action=JoinedData,
         help="data set: any source that 'data prepare' takes, a prepared one, or 'sample', the bundled one "
         "(default: the recipe's own); repeat it to mix several, with weights as in --data A=3 --data B=1",
     )
@@ -172,7 +172,6 @@ def _train(options: argparse.Namespace) -> int:
         raise UserError(
             f"unknown recipe '{options.recipe}'. Give one of {', '.join(RECIPES)} before the options."
         )
-    options.data = " + ".join(options.data) if options.data else None
     full = RECIPES[options.recipe]()
     options.overrides = _with_prefixes(full, options.overrides)
     if asked_for_help and result_of(full):
