@@ -32,6 +32,20 @@ def noise(sigma=60.0) -> Image.Image:
     return Image.effect_noise((128, 128), sigma).convert("RGB")
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """The semantic latents that Stage B gets, batch by batch."""
+    found = []
+    decoder = Wuerstchen._sample_decoder
+
+    def recorded(self, batch, semantic_latents):
+        found.append(semantic_latents)
+        return decoder(self, batch, semantic_latents)
+
+    monkeypatch.setattr(Wuerstchen, "_sample_decoder", recorded)
+    return found
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_morph_goes_from_one_prompt_to_the_other(model, guidance):
     sampling = Sampling(prior_sampler="dpm", guidance=guidance)
@@ -66,16 +80,8 @@ def test_the_default_sampler_draws_no_fresh_noise(model):
     )
 
 
-def test_a_morph_between_images_starts_and_ends_with_them(model, monkeypatch):
+def test_a_morph_between_images_starts_and_ends_with_them(model, seen):
     """The ends have the images' own semantic latents, or those of a prompt."""
-    seen = []
-    decoder = Wuerstchen._sample_decoder
-
-    def recorded(self, batch, semantic_latents):
-        seen.append(semantic_latents)
-        return decoder(self, batch, semantic_latents)
-
-    monkeypatch.setattr(Wuerstchen, "_sample_decoder", recorded)
     images = [Image.new("RGB", (128, 128), "red"), Image.linear_gradient("L").convert("RGB")]
     for image in images:
         (drawn,) = model.generate("", init=image, strength=0)
@@ -127,16 +133,8 @@ def test_morphs_with_a_student_s_sampler_are_refused_as_morphs(model):
         )
 
 
-def test_strength_0_keeps_the_semantic_latents(model, monkeypatch):
+def test_strength_0_keeps_the_semantic_latents(model, seen):
     """Only details change, and Stage C does not run."""
-    seen = []
-    decoder = Wuerstchen._sample_decoder
-
-    def recorded(self, batch, semantic_latents):
-        seen.append(semantic_latents)
-        return decoder(self, batch, semantic_latents)
-
-    monkeypatch.setattr(Wuerstchen, "_sample_decoder", recorded)
     init = noise()
     steps = []
     images = model.generate(
@@ -147,15 +145,7 @@ def test_strength_0_keeps_the_semantic_latents(model, monkeypatch):
     assert np.abs(pixels(images[0]) - pixels(images[1])).max() > 1
 
 
-def test_a_detail_seed_changes_stage_b_alone(model, monkeypatch):
-    seen = []
-    decoder = Wuerstchen._sample_decoder
-
-    def recorded(self, batch, semantic_latents):
-        seen.append(semantic_latents)
-        return decoder(self, batch, semantic_latents)
-
-    monkeypatch.setattr(Wuerstchen, "_sample_decoder", recorded)
+def test_a_detail_seed_changes_stage_b_alone(model, seen):
     drawn = [
         model.generate("a cat", seed=3, **given)[0]
         for given in ({}, {"detail_seed": 3}, {"detail_seed": 8}, {"detail_seed": 8})

@@ -113,27 +113,9 @@ def save_animation(
     else:
         options = {"comment": text.encode(), "disposal": 2}
         duration = max(20, 10 * math.floor(100 * seconds_per_frame + 0.5))
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            frames[0].save(
-                file,
-                suffix[1:].upper(),
-                save_all=True,
-                append_images=list(frames[1:]),
-                duration=duration,
-                loop=0,
-                **options,
-            )
+    options |= {"save_all": True, "append_images": list(frames[1:]), "duration": duration, "loop": 0}
+    with _temporary(path, frames[0], suffix[1:].upper(), options) as temporary:
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"path {str(path)!r} cannot be written ({error.strerror or error}). "
-            "Choose a file in an existing, writable folder."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _placed(temporary: Path, path: Path) -> bool:
@@ -156,7 +138,7 @@ def _placed(temporary: Path, path: Path) -> bool:
 def _written(
     image: Image.Image, path: Path, settings: Mapping[str, Any], is_generated: bool
 ) -> Iterator[Path]:
-    """The image in a temporary file in the folder of ``path``, which is removed afterwards."""
+    """The image as a PNG in a temporary file, as in ``_temporary``."""
     chunks = PngInfo()
     for key, value in settings.items():
         assert key != _SETTINGS_KEY
@@ -167,10 +149,20 @@ def _written(
         chunks.add_text("Software", "wuerstchen")
         chunks.add_text("Source", "drawn by a generative model")
         chunks.add_itxt("XML:com.adobe.xmp", _XMP)
+    with _temporary(path, image, "PNG", {"pnginfo": chunks}) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, image: Image.Image, format: str, options: Mapping[str, Any]) -> Iterator[Path]:
+    """The image in a temporary file in the folder of ``path``, which is removed afterwards.
+
+    Raises ``UserError`` if it cannot be written, or moved to ``path`` in the block.
+    """
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            image.save(file, "PNG", pnginfo=chunks)
+            image.save(file, format, **options)
         yield temporary
     except OSError as error:
         raise UserError(

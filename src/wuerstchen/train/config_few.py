@@ -5,16 +5,22 @@ from dataclasses import dataclass
 from wuerstchen.errors import UserError
 from wuerstchen.train.config_stages import Optimization, check_fractions, check_side, check_weights
 
-_OF_STUDENTS = Optimization(
-    images=2048 * 5_000,
-    batch_size=2048,
-    learning_rate=5e-4,
-    warmup=2048 * 100,
-    decay="cosine",
-    betas=(0.9, 0.99),
-    ema_decay=0.999,
-)
-"""For a student as small as that of the bundled model."""
+
+def _optimization(batch_size: int, updates: int, warmup: int) -> Optimization:
+    """For a student as small as that of the bundled model. ``warmup`` is in updates."""
+    return Optimization(
+        images=batch_size * updates,
+        batch_size=batch_size,
+        learning_rate=5e-4,
+        warmup=batch_size * warmup,
+        decay="cosine",
+        betas=(0.9, 0.99),
+        ema_decay=0.999,
+    )
+
+
+_OF_STUDENTS = _optimization(2048, updates=5_000, warmup=100)
+_OF_DECODER_STUDENTS = _optimization(256, updates=10_000, warmup=200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +48,6 @@ class StageFewConfig:
         check_side(self.image_size)
         _check_least(self, ("steps", 1), ("points", 1), ("teacher_steps", 3), ("trajectories", 0))
         _check_pure_noise(self.pure_noise)
-
-
-_OF_DECODER_STUDENTS = Optimization(
-    images=256 * 10_000,
-    batch_size=256,
-    learning_rate=5e-4,
-    warmup=256 * 200,
-    decay="cosine",
-    betas=(0.9, 0.99),
-    ema_decay=0.999,
-)
-"""For a student as small as that of the bundled model."""
 
 
 @dataclass(frozen=True, kw_only=True)
